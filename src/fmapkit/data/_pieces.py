@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,31 +23,14 @@ File = tuple[Path, int]  # and how many rows it has
 _OPEN = 128  # files that are mapped at once, each by itself
 
 
+@dataclass(frozen=True, eq=False)
 class Piece:
-    """The rows of a unit: read from a map of its file, where that can be, else through Zarr.
+    """The rows of a unit: read from a map of its file, where that can be, else through Zarr."""
 
-    Args:
-        array: opens the Zarr array; is asked several times.
-        folder: of it, on this machine; else None.
-        shard: which object of it.
-        rows: how many there are: the first of that object.
-        size: how many an object has.
-    """
-
-    def __init__(
-        self,
-        array: Callable[[], Any],
-        folder: Path | None,
-        shard: int,
-        rows: int,
-        size: int,
-        axes: int,
-    ) -> None:
-        self.rows = rows
-        #: Its file, if that is on this machine.
-        self.file: File | None = (folder / chunk_name(shard, axes), size) if folder else None
-        self._array = array
-        self._first = shard * size
+    array: Callable[[], Any]  # opens the Zarr array; is asked several times
+    first: int  # number of its first row in that array
+    rows: int  # how many there are: the first of an object
+    file: File | None  # that object, if it is a file of this machine
 
     def is_plain(self) -> bool:
         """Whether its file holds nothing but rows, as they lie in memory."""
@@ -54,7 +38,7 @@ class Piece:
             return False
         from zarr.codecs import BytesCodec
 
-        array = self._array()
+        array = self.array()
         codecs, dtype = array.metadata.codecs, np.dtype(array.dtype)
         if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
             return False
@@ -67,7 +51,7 @@ class Piece:
         """What maps its file, where rows lie in it as in memory; else None."""
         if self.file is None or not self.is_plain():
             return None
-        path, rows, array = self.file[0], self.rows, self._array()
+        path, rows, array = self.file[0], self.rows, self.array()
         shape, dtype = tuple(array.chunks), np.dtype(array.dtype)
         there = path.stat()
         if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
@@ -77,7 +61,7 @@ class Piece:
 
     def _opened(self) -> tuple[Any, int]:
         """What the rows lie in, which slices as NumPy does, and the number of the first one."""
-        return (self._mapped(), 0) if self._mapped is not None else (self._array(), self._first)
+        return (self._mapped(), 0) if self._mapped is not None else (self.array(), self.first)
 
     def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
         """The rows from `first` to before `last`, cut by `rest` along the other axes."""

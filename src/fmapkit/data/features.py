@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
 from fmapkit.data._manifest import Manifest, Spec
-from fmapkit.data._pieces import Piece, Pieces
+from fmapkit.data._pieces import Piece, Pieces, chunk_name
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -292,5 +292,6 @@ class Features(Shown):
                 at, shard = f"{path}/{node_of(record.unit)}", 0
                 array = cache(partial(self._place.array, at))
                 size = rows = record.rows if spec.per == "token" else rows
-            pieces.append(Piece(array, where and where / at, shard, rows, size, axes))
+            file = (where / at / chunk_name(shard, axes), size) if where else None
+            pieces.append(Piece(array, shard * size, rows, file))
         return Pieces(pieces, spec.shape, spec.stored)
