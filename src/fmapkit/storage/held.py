@@ -7,6 +7,7 @@ when it is read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,31 +21,20 @@ from fmapkit.torchlib.side_ops import clone, goes_on_from
 from fmapkit.torchlib.transforms import is_shapeless, unholdable
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class StoredTensor:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = (
-        *("arrival", "copied", "doomed", "gradient", "lost", "on_the_way", "own", "tensor"),
-        *("version", "wanted"),
-    )
-
-    def __init__(
-        self,
-        tensor: Tensor | None,
-        version: int,
-        copied: bool = False,
-        gradient: Gradient | None = None,
-    ) -> None:
-        self.tensor = tensor
-        self.version = version
-        self.copied = copied
-        self.gradient = gradient
-        self.arrival: Any = None  # of a copy from another device, to be waited for
-        self.lost = False  # overwritten before it could be copied
-        self.on_the_way = False  # a copy that the model's tensor goes on from
-        self.doomed = False  # spared this once; a later pass has to copy it
-        self.own = True  # an alias of our making; else it may be a tensor of the model's
-        self.wanted = False  # some map holds it; else it is held for the tracer's own sake
+    tensor: Tensor | None
+    version: int
+    copied: bool = False
+    gradient: Gradient | None = None
+    arrival: Any = None  # of a copy from another device, to be waited for
+    lost: bool = False  # overwritten before it could be copied
+    on_the_way: bool = False  # a copy that the model's tensor goes on from
+    doomed: bool = False  # spared this once; a later pass has to copy it
+    own: bool = True  # an alias of our making; else it may be a tensor of the model's
+    wanted: bool = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
     def reference(

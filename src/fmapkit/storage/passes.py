@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,31 +19,19 @@ from fmapkit.torchlib.memory import block_of, parts_of
 _grads: Callable[[], bool] = torch.is_grad_enabled
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class MapRecord:
     """One map: what it is, and where its values are held."""
 
-    __slots__ = ("axes", "edited", "heads", "held", "kind", "origin", "path", "picked", "sigma")
-
-    def __init__(
-        self,
-        kind: str,
-        origin: Origin,
-        held: StoredTensor | None,
-        axes: ChannelLayout | None = None,
-        sigma: str | None = None,
-        path: str = "",
-        picked: tuple[int, ...] | None = None,
-        edited: StoredTensor | None = None,
-    ) -> None:
-        self.kind = kind
-        self.origin = origin
-        self.held = held
-        self.axes = axes
-        self.sigma = sigma
-        self.path = path
-        self.picked = picked  # the filters held, in the order held, where not all are
-        self.edited = edited  # what went on in its place
-        self.heads: Heads | None = None  # of attention
+    kind: str
+    origin: Origin
+    held: StoredTensor | None
+    axes: ChannelLayout | None = None
+    sigma: str | None = None
+    path: str = ""
+    picked: tuple[int, ...] | None = None  # the filters held, in the order held, where not all are
+    edited: StoredTensor | None = None  # what went on in its place
+    heads: Heads | None = None  # of attention
 
     def release(self) -> list[Tensor | None]:
         """Let go of the tensors; what they were."""
