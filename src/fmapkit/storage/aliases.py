@@ -69,11 +69,6 @@ class Aliases:
         """A tensor has other memory than it had: what was held of it is not this tensor's."""
         self._by_id.pop(id(tensor), None)
 
-    def holds(self, tensor: Tensor, held: StoredTensor) -> bool:
-        """Whether that is what is held of the tensor."""
-        found = self._by_id.get(id(tensor))
-        return found is not None and found[1] is held and found[0]() is tensor
-
     def watch(self, held: StoredTensor) -> None:
         """Protect a tensor that was held elsewhere, perhaps as the model's own object."""
         held.own = False
