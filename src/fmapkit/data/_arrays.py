@@ -220,9 +220,8 @@ class FeatureArray(StoredArray):
 
     def to_safetensors(self, path: str | Path) -> Path:
         """Write all rows to a safetensors file (extra: `safetensors`), with the tags."""
-        return save_safetensors(
-            path, {self.name: self.tensor()}, {self.name: json.dumps(self.tags)}
-        )
+        tags = {self.name: json.dumps(self.tags)}
+        return save_safetensors(path, {self.name: self.tensor()}, tags)
 
     def __repr__(self) -> str:
         said = str(self.dtype).removeprefix("torch.")

@@ -124,17 +124,12 @@ def analysis_sections(analyses: Any) -> list[Section]:
         if hasattr(analysis, "savefig"):
             sections.append(Section("figure", html=_figure(analysis)))
             continue
-        sections.append(Section(type(analysis).__name__, html=_shown(analysis)))
+        shown = getattr(analysis, "_repr_html_", None)
+        html = str(shown()) if callable(shown) else f"<pre>{escape(repr(analysis))}</pre>"
+        sections.append(Section(type(analysis).__name__, html=html))
         if hasattr(analysis, "_page_sections"):
             sections += analysis._page_sections()
     return sections
-
-
-def _shown(analysis: Any) -> str:
-    shown = getattr(analysis, "_repr_html_", None)
-    if callable(shown):
-        return str(shown())
-    return f"<pre>{escape(repr(analysis))}</pre>"
 
 
 def _figure(figure: Any) -> str:
@@ -160,7 +155,8 @@ def _write(
     path: str | os.PathLike[str], title: str, subtitle: str, sections: Sequence[Section]
 ) -> Path:
     assets = resources.files("fmapkit.page") / "assets"
-    text = {name: (assets / name).read_text(encoding="utf-8") for name in _ASSETS}
+    names = ("page.html", "page.css", "page.js")
+    text = {name: (assets / name).read_text(encoding="utf-8") for name in names}
     data = json.dumps({"sections": [s.written() for s in sections]}, separators=(",", ":"))
     # In a script element only "</script" and "<!--" end what is JSON; "<" can be written so.
     parts = {
@@ -174,6 +170,3 @@ def _write(
     target = Path(path)
     target.write_text(page, encoding="utf-8")
     return target
-
-
-_ASSETS = ("page.html", "page.css", "page.js")

@@ -40,7 +40,6 @@ _TENSORS = {
     "grad": "the gradient of ",
 }
 _OF_PASS = ("step", "training")
-_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
@@ -136,7 +135,7 @@ class _Writer:
         if id(tensor) in self._names:
             return self._names[id(tensor)]
         dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-        complex_ = tensor.dtype in _COMPLEX
+        complex_ = tensor.is_complex()
         named = complex_ or tensor.dtype in _NAMED
         if not (dense and named) or tensor.device.type == "meta":
             kind = tensor.dtype if dense else "nested" if tensor.is_nested else tensor.layout
