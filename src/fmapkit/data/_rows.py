@@ -34,6 +34,7 @@ class Taken:
     fields: list[tuple[FieldSpec, Any]]  # each with its values, one row for each sample or token
     samples: int
     rows: int  # how many rows arrays of tokens got
+    mask: Tensor | None  # which positions are no padding
 
 
 class Rows:
@@ -73,7 +74,7 @@ class Rows:
         """Whether a row may be of one token."""
         return self._mask is not None and self._pool is None
 
-    def mask_of(self, data: Any) -> Tensor | None:
+    def _mask_of(self, data: Any) -> Tensor | None:
         """The mask of a batch, (samples, positions), boolean."""
         if self._mask is None:
             return None
@@ -88,7 +89,7 @@ class Rows:
 
     def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
         """The rows of one batch; an error where a map has none that go with its samples."""
-        mask = self.mask_of(data)
+        mask = self._mask_of(data)
         samples = first_size(data)
         if mask is not None and len(mask) != samples:
             raise ArgumentError(
@@ -101,7 +102,7 @@ class Rows:
             place = (fm.layer, fm.kind, fm.call, fm.path)
             nth = counted[place] = counted.get(place, -1) + 1
             arrays.append(self._array(fm, nth, mask, samples))
-        return Taken(arrays, self._fields(data, mask, samples, start), samples, count)
+        return Taken(arrays, self._fields(data, mask, samples, start), samples, count, mask)
 
     # -- maps -----------------------------------------------------------------------------------
 

@@ -68,8 +68,7 @@ class Run:
             self.missed = maps.missed
             taken = self.rows.take(found, batch.data, batch.start)
             if ride:
-                mask = self.rows.mask_of(batch.data)
-                self.riding.show(found, mask, batch.start, taken.samples)
+                self.riding.show(found, taken.mask, batch.start, taken.samples)
         return taken
 
     def probe(self, batch: Batch) -> Taken:
