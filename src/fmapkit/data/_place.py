@@ -64,9 +64,6 @@ class Place:
         to: a path, a URL that fsspec knows (`s3://...`), or a Zarr store.
         storage_options: for fsspec, of a URL.
         compressors: of the arrays that are made here; None for none.
-
-    Attributes:
-        local: the folder, where it is one of this machine; else None.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Place:
         self._zarr = zarr
         self._compressors = compressors
         self._opened: dict[str, Array[Any]] = {}  # to be written to
-        self.local: Path | None = None
+        self.local: Path | None = None  # the folder, where it is one of this machine
         if isinstance(to, Path) or (isinstance(to, str) and "://" not in to):
             if storage_options:
                 raise ArgumentError("storage_options= go with a URL such as s3://bucket/name")

@@ -42,13 +42,7 @@ class _Shown:
 
 
 class Watching:
-    """What the callbacks have in common; each is one, and calls these as its trainer tells it to.
-
-    Attributes:
-        analyses: what sees the maps.
-        maps: what `capture` gave; None before training has begun. With `keep=0`, the default, it
-            holds none, and tells what was missed.
-    """
+    """What the callbacks have in common; each calls these as its trainer tells it to."""
 
     def __init__(
         self,
@@ -66,6 +60,7 @@ class Watching:
             analyses = [Statistics(bins="log2"), DeadFilters(), FirstNonFinite()]
         several = isinstance(analyses, Iterable) and not isinstance(analyses, Analysis)
         self.analyses: list[Analysis] = list(analyses) if several else [analyses]  # type: ignore
+        # None before training has begun; with `keep=0`, the default, they tell what was missed.
         self.maps: FeatureMaps | None = None
         self._seen = False
         self._log = log

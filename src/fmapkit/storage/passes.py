@@ -47,10 +47,6 @@ class Pass:
 
     `segments` holds entries, and objects with an `entries()` method: replays of a plan, whose
     entries are made when somebody reads them and not while the model runs.
-
-    Attributes:
-        drop: to be called, with anything, for each map that comes: it lets go of one of the oldest
-            pass's. All at once, their memory would go back to the system, to be asked for anew.
     """
 
     __slots__ = (
@@ -65,6 +61,8 @@ class Pass:
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
+        # To be called for each map that comes: it lets go of one of the oldest pass's. All at once,
+        # their memory would go back to the system, to be asked for anew.
         self.drop: Callable[[Any], None] = _NOTHING.append
         self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
         self.ids: Tensor | None = None  # of its inputs, as the user numbers them
