@@ -103,7 +103,7 @@ def test_extract_a_folder_of_images(images: Path, tmp_path: Path) -> None:
 def test_extract_numpy_files(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(10, 3, 6, 6)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    np.savez(tmp_path / "x.npz", input=x, y=np.arange(10))
+    np.savez(tmp_path / "x.npz", input=x, y=np.arange(10), scale=np.float32(2), z=np.arange(3))
     (tmp_path / "parts").mkdir()
     np.save(tmp_path / "parts" / "0.npy", x[:7])
     np.save(tmp_path / "parts" / "1.npy", x[7:])
@@ -114,7 +114,19 @@ def test_extract_numpy_files(tmp_path: Path) -> None:
         command = ["extract", "tests.test_cli:fixed", str(tmp_path / place), "--layers", "0"]
         assert main([*command, "--to", to, "--batch", "4", "--no-progress"]) == 0
         assert torch.equal(Features(to)["0"].tensor(), rows)
-    assert Features(str(tmp_path / "x.npz.zarr")).fields["y"][:].tolist() == list(range(10))
+    fields = Features(str(tmp_path / "x.npz.zarr")).fields
+    assert list(fields) == ["y"]  # the others are not of as many rows
+    assert fields["y"][:].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("option", [["--columns", "y"], ["--split", "train"]])
+def test_options_of_another_data_set_are_refused(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "x.npz", input=np.zeros((4, 3, 6, 6), np.float32), y=np.arange(4))
+    where = [str(tmp_path / "x.npz"), "--layers", "0", "--to", str(tmp_path / "f")]
+    assert main(["extract", "tests.test_cli:fixed", *where, *option]) == 2
+    assert "--columns and --split are of a Hugging Face data set" in capsys.readouterr().err
 
 
 class Tokens(nn.Module):

@@ -53,6 +53,10 @@ def open_data(
         raise ArgumentError(f"there is nothing at {place}")
     if any((place / n).exists() for n in ("dataset_info.json", "dataset_dict.json", "state.json")):
         return _hugging_face(place, prepare, columns, split)
+    if columns or split is not None:
+        raise ArgumentError(
+            f"--columns and --split are of a Hugging Face data set: {place} is none"
+        )
     if place.suffix in (".npy", ".npz") and place.is_file():
         return _arrays([place])
     if place.is_dir():
@@ -140,7 +144,7 @@ def _arrays(paths: list[Path]) -> Data:
         if first is None:
             raise ArgumentError(f"{paths[0]} holds no array")
         arrays = [inside.pop(first)]
-        beside = {n: a for n, a in inside.items() if len(a) == len(arrays[0])}
+        beside = {n: a for n, a in inside.items() if a.shape[:1] == arrays[0].shape[:1]}
     else:
         arrays = [np.load(path, mmap_mode="r") for path in paths]
     if any(a.ndim < 2 for a in arrays):
