@@ -332,9 +332,14 @@ def _attention_by_hand(attention: nn.MultiheadAttention, x: Tensor) -> dict[str,
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_maps_are_what_the_kernel_computes_to_the_bit(activation: str, samples: int) -> None:
+@pytest.mark.parametrize("way", ["steps", "mode"])
+def test_the_maps_are_what_the_kernel_computes_to_the_bit(
+    activation: str, samples: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By hand, which is seen to be what the kernel does by what it returns."""
     torch.manual_seed(0)
+    if way == "mode":
+        monkeypatch.setattr(kernels, "in_steps", lambda *_: None)
     layer = nn.TransformerEncoderLayer(
         64, 4, 96, batch_first=True, dropout=0.0, activation=activation
     ).eval()
