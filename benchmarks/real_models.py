@@ -216,6 +216,7 @@ COMPUTE = [
     _torchvision("densenet121", size=160),
     _timm("efficientnet_b0", size=160),
     _timm("convnext_atto", size=160),
+    _torchvision("vit_b_16", size=160, image_size=160),
 ]
 
 # No package has them: each block branches on its data, beside the same without the branches.
