@@ -134,6 +134,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decoder": Decoding,
     "causal": lambda: Masked(True, False),
     "padding": lambda: Masked(False, True),
+    "two encoders": lambda: nn.Sequential(Masked(False, True), Masked(False, True)),
     "both": lambda: Masked(True, True),
     "frozen": Frozen,
     "own attention": lambda: nn.Sequential(OwnAttention(WIDTH, 2, batch_first=True), nn.ReLU()),
@@ -364,6 +365,46 @@ def test_the_maps_are_what_the_kernel_computes_to_the_bit(
             assert torch.equal(found["linear2", "preactivation"], z2)
             assert len(found) == 5
     assert not maps.missed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_of_padding_nothing_is_computed(activation: str, traced: list[None]) -> None:
+    """An encoder leaves it out by nested tensors: its maps are those of each text by itself."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, activation=activation)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(64)).eval()
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for number in range(5):
+            x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(number))
+            lengths = [7, 2 + number % 3, 5]
+            padding = torch.arange(7) >= torch.tensor(lengths)[:, None]
+            out = model(x, src_key_padding_mask=padding)
+            assert torch.equal(out, bare(x, src_key_padding_mask=padding))
+            found = {(m.layer, m.kind): m.tensor for m in maps}
+            assert len(found) == 10
+            for sample, length in enumerate(lengths):
+                y = x[sample : sample + 1, :length]
+                for n, one in enumerate(bare.layers):
+                    own = one.self_attn
+                    of = f"layers.{n}.self_attn.in_proj", "preactivation"
+                    z = F.linear(y, own.in_proj_weight, own.in_proj_bias)
+                    torch.testing.assert_close(found[of][:length, sample], z[0])
+                    assert not found[of][length:, sample].any()
+                    of = f"layers.{n}.self_attn.out_proj", "preactivation"
+                    z = _attention_by_hand(own, y)["out_proj"]
+                    turned = found[of].view(7, 3, 64)
+                    torch.testing.assert_close(turned[:length, sample], z[0])
+                    z = one.linear1(one.norm1(y + z))
+                    a = z.relu() if activation == "relu" else F.gelu(z)
+                    for kind, truth in ("preactivation", z), ("activation", a):
+                        tensor = found[f"layers.{n}.linear1", kind]
+                        torch.testing.assert_close(tensor[sample, :length], truth[0])
+                        assert not tensor[sample, length:].any()
+                    y = one(y)
+    assert not maps.missed
+    assert len(traced) <= 2
 
 
 def _one_by_one(options: dict[str, Any]) -> None:

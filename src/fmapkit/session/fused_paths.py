@@ -166,7 +166,9 @@ class FusedPaths:
             with suppress(Exception):  # the user's: as the model runs now, it comes up again
                 kernel = fused_kernel(forward, module, args, kwargs)
                 if kernel is not None:
-                    call = self._fused(kernel, partial(forward, module, *args, **kwargs), may_skip)
+                    whole = isinstance(module, nn.TransformerEncoder)
+                    with self._hooks.suspended(module.modules() if whole else ()):
+                        call = self._fused(kernel, may_skip)
             self._call = call
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
@@ -185,27 +187,23 @@ class FusedPaths:
             beside.add(live.thread)
         return call
 
-    def _fused(self, kernel: FusedKernel, whole: Callable[[], Any], may_skip: bool) -> _Call:
+    def _fused(self, kernel: FusedKernel, may_skip: bool) -> _Call:
         """Run the fused path.
 
         Args:
             kernel: that it calls.
-            whole: the forward, where the path goes on to call other modules.
             may_skip: nobody else has to see the ordinary path.
         """
         live, module, edits = self._live, kernel.module, self._edits
-        if isinstance(module, nn.TransformerEncoder):
-            with self._hooks.suspended(module.modules()):
-                return _Call(module, whole(), edits.runs)
         if edits or self._attention:
             return _Call(module, kernel(), edits.runs)
         steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
         try:
             output, maps = kernel.run(None if steps is None else steps.wanted)
         except Exception as error:
-            output, maps = kernel(), {}  # raises it again, if it is the user's
+            output, maps = kernel(), None  # raises it again, if it is the user's
             self._fault(module, error)
-        if steps is not None and steps.wanted.issubset(maps):
+        if maps and steps is not None and steps.wanted.issubset(maps):
             return _Call(module, output, edits.runs, steps, maps)
         ordinary = None
         if maps and live.thread not in beside:  # else another capture's lies on the stack

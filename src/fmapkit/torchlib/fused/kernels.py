@@ -4,6 +4,10 @@ To whoever looks at operators, such a kernel is one. Its own code calls others i
 by its device's entry of the dispatcher, with a mode on the stack, it runs as it always does, to the
 bit, and the mode sees each operator inside: the products with the weights of layers, and σ.
 
+An encoder that is given padding goes by nested tensors: its layers' kernels see the tokens alone,
+one after the other. What they show is put where it belongs, and is 0 at padding, of which nothing
+was computed.
+
 The ordinary path of the same module gives these maps other shapes here and there. What is told is
 in its shapes, since that path runs where torch does not fuse: while a model is trained, for one.
 """
@@ -25,8 +29,12 @@ from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
 __all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
 
 _aten = torch.ops.aten
-# Where a kernel's own entry is in the dispatcher, by the type of device.
-_ENTRIES = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+_Key = torch._C.DispatchKey
+# Where a kernel's own entry is in the dispatcher, by the type of device; that of nested tensors.
+_ENTRIES = {
+    "cpu": (_Key.CPU, _Key.NestedTensorCPU),
+    "cuda": (_Key.CUDA, _Key.NestedTensorCUDA),
+}
 _KERNELS = frozenset(
     {
         _aten._transformer_encoder_layer_fwd.default,
@@ -55,22 +63,33 @@ class FusedKernel:
 
     Args:
         module: of torch's.
-        function: that calls the kernel.
+        function: that calls the kernel; of an encoder, that leaves the padding out.
         args: its positional arguments; the first is what the module was given.
         kwargs: its keyword arguments.
+        whole: the module's forward, if its layers' kernels are what is meant.
     """
 
-    def __init__(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        whole: Callable[[], Any] | None = None,
+    ) -> None:
         self.module = module
         self._function = function
         self._args = args
         self._kwargs = kwargs
+        self._whole = whole
 
     def __call__(self) -> Any:
         """Run it; what it returns."""
+        if self._whole is not None:
+            return self._whole()
         return self._function(*self._args, **self._kwargs)
 
-    def run(self, wanted: Collection[str] | None = None) -> tuple[Any, Mapping[str, Tensor]]:
+    def run(self, wanted: Collection[str] | None = None) -> tuple[Any, KernelMaps]:
         """Run it, and see what it computes inside.
 
         Args:
@@ -81,16 +100,18 @@ class FusedKernel:
         """
         given = self._args[0]
         plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
-        entry = _ENTRIES.get(given.device.type)
-        if entry is None or given.dim() != 3 or dispatch_mode_count() or not all(plain):
-            return self(), {}
-        found = in_steps(self._function, self._args) if not self._kwargs else None
-        output, shown = self._watched(entry, wanted) if found is None else found
-        return output, KernelMaps(shown, given.shape[:2])
+        known = given.device.type in _ENTRIES
+        if not known or given.dim() != 3 or dispatch_mode_count() or not all(plain):
+            return self(), KernelMaps({}, ())
+        keep = None if self._whole is None else self._args[1]
+        found = in_steps(self._function, self._args) if keep is None and not self._kwargs else None
+        output, shown = self._watched(wanted) if found is None else found
+        return output, KernelMaps(shown, given.shape[:2], keep)
 
-    def _watched(self, entry: Any, wanted: Collection[str] | None) -> tuple[Any, Shown]:
+    def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
         """Run it with a mode on the stack."""
-        with _Inside(entry, _weights(self.module), wanted) as inside:
+        entries = _ENTRIES[self._args[0].device.type]
+        with _Inside(entries, _weights(self.module), wanted) as inside:
             output = self()
         tried = self._function, self._args[0].device.type, self._args[0].dtype
         if tried not in _proven:
@@ -110,11 +131,13 @@ class KernelMaps(Mapping[str, Tensor]):
     Args:
         shown: what was seen of each.
         size: samples, and tokens of each.
+        keep: which tokens are no padding, of which nothing was seen; None if all are.
     """
 
-    def __init__(self, shown: Shown, size: tuple[int, ...]) -> None:
+    def __init__(self, shown: Shown, size: tuple[int, ...], keep: Tensor | None = None) -> None:
         self._shown = shown
         self._size = size
+        self._keep = keep
         self._made: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -134,18 +157,38 @@ class KernelMaps(Mapping[str, Tensor]):
         tensor, bias = self._shown[name]
         if bias is not None:  # which the kernel adds as it goes on
             tensor = tensor + bias
-        tensor = tensor.view(*self._size, -1)
-        if name not in _ATTENTION:
-            return tensor
-        turned = tensor.transpose(0, 1)  # attention has its tokens first
-        return turned if name == "in_proj" else turned.reshape(-1, tensor.shape[-1])
+        width = tensor.shape[-1]
+        if self._keep is not None:
+            rows, tensor = tensor, tensor.new_zeros(*self._size, width)
+            tensor[self._keep] = rows
+        return _turned(name, tensor.view(*self._size, width))
+
+    def fits(self, name: str, ordinary: Tensor) -> bool:
+        """Whether one of them is that map of the ordinary path, computed in another way."""
+        found = self[name]
+        if found.shape != ordinary.shape or found.dtype is not ordinary.dtype:
+            return False
+        if self._keep is not None:
+            at = _turned(name, self._keep[..., None])[..., 0]
+            found, ordinary = found[at], ordinary[at]
+        most = float(ordinary.abs().amax().nan_to_num(0.0, 0.0)) if ordinary.numel() else 0.0
+        return torch.allclose(found, ordinary, rtol=0.1, atol=0.1 * most, equal_nan=True)
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    """(samples, tokens, ...) as the ordinary path has the map of a name."""
+    kind = name.rpartition(".")[2]
+    if kind not in _ATTENTION:
+        return tensor
+    turned = tensor.transpose(0, 1)  # attention has its tokens first
+    return turned if kind == "in_proj" else turned.reshape(-1, tensor.shape[-1])
 
 
 class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operators inside of a kernel.
 
     Args:
-        entry: by which the kernel is called.
+        entries: by which the kernel is called; of nested tensors.
         weights: of the layers, with their biases, by name.
         wanted: the names of the maps that are asked for; None for all.
 
@@ -154,11 +197,11 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, entry: Any, weights: Mapping[str, Any], wanted: Collection[str] | None
+        self, entries: tuple[Any, Any], weights: Mapping[str, Any], wanted: Collection[str] | None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: Shown = {}
-        self._entry = entry
+        self._entries = entries
         self._weights = weights
         self._places = {_place(weight): name for name, (weight, _) in weights.items()}
         self._wanted = wanted
@@ -170,7 +213,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is _aten._addmm_activation.default:
                 self._product = self._places.get(_place(args[2]))
             with self:
-                return func._op_dk(self._entry, *args, **kwargs)
+                return func._op_dk(self._entries[args[0].is_nested], *args, **kwargs)
         if func in _SIGMAS and self._product is not None:
             return self._activation(func, args, kwargs)
         if func._schema.is_mutable:
@@ -192,7 +235,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._asks(name):
             self.found[name] = args[0].clone(), None
         output = func(*args, **kwargs)
-        self.found["activation"] = args[0], None
+        self.found[_activation(name)] = args[0], None
         return output
 
     def _asks(self, name: str) -> bool:
@@ -226,9 +269,7 @@ class OrdinaryPath(ObserverMode):
         given: those that were given so far, by name.
     """
 
-    def __init__(
-        self, module: nn.Module, maps: Mapping[str, Tensor], opened: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, module: nn.Module, maps: KernelMaps, opened: Callable[[Any], Any]) -> None:
         super().__init__()
         self.given: dict[str, Tensor] = {}
         self._maps = maps
@@ -247,14 +288,13 @@ class OrdinaryPath(ObserverMode):
         if func is F.linear:
             name = self._names.get(id(args[1])) if len(args) > 1 else None
         elif getattr(func, "__name__", "") in _SIGMA_NAMES and args:
-            name = "activation" if args[0] is self.given.get("linear1") else None
-        if name is None or name in self.given or output is args[0]:
+            name = next((_activation(n) for n, z in self.given.items() if z is args[0]), None)
+        if name is None or name not in self._maps or name in self.given or output is args[0]:
             return output
-        found = self._maps.get(name)
-        if found is None or not _alike(found, output):
+        if not self._maps.fits(name, output):
             return output
-        self.given[name] = found
-        return found
+        self.given[name] = self._maps[name]
+        return self.given[name]
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -264,20 +304,24 @@ def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
             "in_proj": (module.in_proj_weight, module.in_proj_bias),
             "out_proj": (module.out_proj.weight, module.out_proj.bias),
         }
+    if isinstance(module, nn.TransformerEncoder):
+        each = [
+            (f"{n}.", layer)
+            for n, layer in enumerate(module.layers)
+            if isinstance(layer, nn.TransformerEncoderLayer)
+        ]
+        return {at + name: w for at, layer in each for name, w in _weights(layer).items()}
     layers = {name: getattr(module, name) for name in _LAYERS}
     own = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
     attention: Any = module.self_attn
     return _weights(attention) | own
 
 
+def _activation(linear: str) -> str:
+    """The map of σ after a layer."""
+    return linear.removesuffix("linear1") + "activation"
+
+
 def _place(weight: Tensor) -> tuple[int, int]:
     """Tells a weight from others, turned over or not."""
     return weight.data_ptr(), weight.numel()
-
-
-def _alike(found: Tensor, ordinary: Tensor) -> bool:
-    """Whether two tensors are the same map, computed in two ways."""
-    if found.shape != ordinary.shape or found.dtype is not ordinary.dtype:
-        return False
-    bound = 0.1 * float(ordinary.abs().amax().nan_to_num(0.0, 0.0)) if ordinary.numel() else 0.0
-    return torch.allclose(found, ordinary, rtol=0.1, atol=bound, equal_nan=True)

@@ -146,7 +146,9 @@ def fused_kernel(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> Fus
     try:
         _probe(forward)(_Probe(module), *args, **kwargs)
     except _FusedSignal as signal:
-        return FusedKernel(module, *signal.call)
+        own = isinstance(module, nn.TransformerEncoder)
+        whole = partial(forward, module, *args, **kwargs) if own else None
+        return FusedKernel(module, *signal.call, whole)
     except _OrdinarySignal:
         pass
     return None
