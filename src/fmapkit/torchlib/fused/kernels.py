@@ -15,6 +15,7 @@ in its shapes, since that path runs where torch does not fuse: while a model is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ _SIGMA_NAMES = frozenset({"relu", "gelu"})
 # The maps of a kernel: of attention, its two projections; of an encoder layer, these and its own.
 _ATTENTION = ("in_proj", "out_proj")
 _LAYERS = ("linear1", "linear2")
+_OF_LAYER = (*_ATTENTION, *_LAYERS, "activation")
 
+# By thread: what runs the kernel of an encoder's layer while the encoder runs by its fused path.
+kernel_runners: dict[int, Callable[..., Any]] = {}
 # Kernels that were seen to return the same to the bit, by their device and dtype.
 _proven: set[Any] = set()
 
@@ -103,10 +107,36 @@ class FusedKernel:
         known = given.device.type in _ENTRIES
         if not known or given.dim() != 3 or dispatch_mode_count() or not all(plain):
             return self(), KernelMaps({}, ())
-        keep = None if self._whole is None else self._args[1]
-        found = in_steps(self._function, self._args) if keep is None and not self._kwargs else None
+        if self._whole is not None:
+            keep, found = self._args[1], self._layer_by_layer() if given.is_cpu else None
+        else:
+            keep, found = None, in_steps(self._function, self._args) if not self._kwargs else None
         output, shown = self._watched(wanted) if found is None else found
         return output, KernelMaps(shown, given.shape[:2], keep)
+
+    def _layer_by_layer(self) -> tuple[Any, Shown] | None:
+        """Run an encoder, and the kernels of its layers in steps; None if that cannot be."""
+        shown: Shown = {}
+        layers: Any = self.module.layers
+        places = {id(layer.linear1.weight): n for n, layer in enumerate(layers)}
+        ran = []
+
+        def in_its_steps(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            ran.append(kernel)
+            found = in_steps(kernel, args) if not kwargs else None
+            at = next((places[id(a)] for a in args if id(a) in places), None)
+            if found is None or at is None:
+                return kernel(*args, **kwargs)
+            shown.update({f"{at}.{name}": of for name, of in found[1].items()})
+            return found[0]
+
+        kernel_runners[get_ident()] = in_its_steps
+        try:
+            output = self()
+        finally:
+            del kernel_runners[get_ident()]
+        every = len(ran) == len(places) and len(shown) == len(ran) * len(_OF_LAYER)
+        return (output, shown) if every else None
 
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
         """Run it with a mode on the stack."""

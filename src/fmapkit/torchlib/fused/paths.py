@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit.torchlib.fused.kernels import FusedKernel
+from fmapkit.torchlib.fused.kernels import FusedKernel, kernel_runners
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
 from fmapkit.torchlib.nested import modules_in
 
@@ -47,8 +47,11 @@ _INSIDE: dict[types.FunctionType, types.CodeType] = {
     )
     if isinstance(function, types.FunctionType)  # private, so another torch may have others
 }
-# By their last names: those forwards, and the functions that they call to find out whether to fuse.
-FUSING_CALLS = frozenset({"forward", "has_torch_function", "get_fastpath_enabled"})
+# By their last names: those forwards, and the functions that they call to find out whether to fuse,
+# or to do it.
+FUSING_CALLS = frozenset(
+    {"forward", "has_torch_function", "get_fastpath_enabled", "_transformer_encoder_layer_fwd"}
+)
 # By thread: what runs one of the forwards where the model's own code calls it; and the threads in
 # which a module runs by the ordinary path, beside its fused one.
 runners: dict[int, Callable[..., Any]] = {}
@@ -77,6 +80,8 @@ def instead_of(function: Any) -> Any:
         return partial(_without_ours, function)
     if function is torch.backends.mha.get_fastpath_enabled and get_ident() in beside:
         return bool
+    if function is torch._transformer_encoder_layer_fwd and get_ident() in kernel_runners:
+        return partial(kernel_runners[get_ident()], function)
     return function
 
 

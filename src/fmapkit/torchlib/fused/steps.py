@@ -1,9 +1,10 @@
-"""What torch's fused kernels do on a CPU, operator by operator.
+"""What torch's fused kernels do on a CPU, operator by operator, of nested tensors, too.
 
 With a mode on the stack (see `torchlib/fused/kernels.py`), each operator inside of a kernel goes
 through Python, which takes small models longer than the kernel itself. Called one by one they give
 the same, and the maps. Whether to the bit is tried beside the kernel, once for each form of what it
-is given: shapes, strides and dtypes, its numbers, and how many threads there are.
+is given: shapes, strides and dtypes, its numbers, and how many threads there are. Of nested tensors
+the lengths do not count: they are others in each batch.
 """
 
 from __future__ import annotations
@@ -60,13 +61,33 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
 def same(one: Any, other: Any) -> bool:
     """Whether what two calls return is the same, to the bit."""
     pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    return all(torch.equal(_dense(a).nan_to_num(), _dense(b).nan_to_num()) for a, b in pairs)
 
 
 def _form(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
+    if argument.is_nested:
+        return argument.size(0), argument.dtype
     return argument.shape, argument.stride(), argument.dtype
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The values of a nested tensor, one after the other; any other tensor as it is."""
+    return torch.ops.aten.values.default(tensor) if tensor.is_nested else tensor
+
+
+def _rows(tensor: Tensor, width: int) -> Tensor:
+    """Token by token."""
+    return _dense(tensor).view(-1, width)
+
+
+def _as(like: Tensor, rows: Tensor) -> Tensor:
+    """Tokens in the shape of others of the same width."""
+    if not like.is_nested:
+        return rows.view(like.shape)
+    places = like._nested_tensor_strides(), like._nested_tensor_storage_offsets()
+    return torch._nested_view_from_buffer(rows.view(-1), like._nested_tensor_size(), *places)
 
 
 def _attention(
@@ -85,19 +106,30 @@ def _attention(
     mask_type: int | None = None,
 ) -> tuple[Any, Shown]:
     """`torch._native_multi_head_attention`."""
-    samples, tokens = x.shape[:2]
     product = F.linear(x, weight)
     parts = torch._transform_bias_rescale_qkv(product, bias, heads)
+    samples, _, tokens, _ = parts[0].shape
     q, k, v = (part.view(samples * heads, tokens, -1) for part in parts)
     scores = torch.bmm(q, k.transpose(2, 1)).view(samples, heads, tokens, -1)
-    if mask is None:
+    if x.is_nested:
+        if mask is not None or need_weights:
+            raise RuntimeError("no step is known")
+        shares = torch._nested_tensor_softmax_with_shape(scores, x)
+    elif mask is None:
         shares = torch.softmax(scores, 3)
     else:
         shares = torch._masked_softmax(scores, mask.to(torch.bool), 3, mask_type)
     mixed = torch.bmm(shares.view(samples * heads, tokens, -1), v)
-    mixed = mixed.view(samples, heads, tokens, -1).permute(0, 2, 1, 3).contiguous()
-    out = F.linear(mixed.view(samples, tokens, width), out_weight, out_bias)
-    maps: Shown = {"in_proj": (product, bias), "out_proj": (out, None)}
+    mixed = mixed.view(samples, heads, tokens, -1)
+    if x.is_nested:
+        mixed = torch._nested_from_padded(mixed, x._nested_tensor_size(), True)
+    else:
+        mixed = mixed.permute(0, 2, 1, 3).contiguous().view(samples, tokens, width)
+    out = F.linear(mixed, out_weight, out_bias)
+    maps: Shown = {
+        "in_proj": (_rows(product, 3 * width), bias),
+        "out_proj": (_rows(out, width), None),
+    }
     if not need_weights:
         return (out, None), maps
     return (out, shares.sum(1) / heads if average else shares), maps
@@ -132,16 +164,16 @@ def _layer(
 
     y = normed(x, norm1, norm1_bias) if norm_first else x
     own = y, y, y, width, heads, weight, bias, out_weight, out_bias, mask, False, True, mask_type
-    _, maps = _attention(*own)
-    y = maps["out_proj"][0] + x
+    (out, _), maps = _attention(*own)
+    y = out + x
     if not norm_first:
         y = normed(y, norm1, norm1_bias)
     inner = normed(y, norm2, norm2_bias) if norm_first else y
-    z = torch.addmm(bias1, inner.view(-1, width), weight1.t())
+    z = torch.addmm(bias1, _rows(inner, width), weight1.t())
     a = F.gelu(z) if gelu else torch.relu(z)
-    z2 = F.linear(a.view(*x.shape[:2], -1), weight2, bias2)
+    z2 = torch.addmm(bias2, a, weight2.t())
     maps |= {"linear1": (z, None), "activation": (a, None), "linear2": (z2, None)}
-    y = z2 + y
+    y = _as(y, z2) + y
     return (y if norm_first else normed(y, norm2, norm2_bias)), maps
 
 
