@@ -569,6 +569,25 @@ def test_a_fault_of_ours_is_named_and_changes_nothing(
     assert len(set(kept)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inputs_that_are_not_contiguous(dtype: torch.dtype, frozen: bool) -> None:
+    """A first one that is zero throughout tells nothing of the ways in which torch adds up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnAttention(WIDTH, 2, batch_first=True), _layer()).eval().to(dtype)
+    bare = copy.deepcopy(model)
+    model.requires_grad_(not frozen)
+    with torch.no_grad(), capture(model):
+        for tokens, samples in [(7, 3), (1, 4), (5, 2)]:
+            for number in range(6):
+                x = torch.randn(tokens, samples, WIDTH, dtype=dtype) * (number > 0)
+                model.requires_grad_(number > 3)
+                expected = bare(x.transpose(0, 1))
+                out = model(x.transpose(0, 1))
+                assert torch.equal(out, expected)
+                assert out.stride() == expected.stride()
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

@@ -4,7 +4,8 @@ With a mode on the stack (see `torchlib/fused/kernels.py`), each operator inside
 through Python, which takes small models longer than the kernel itself. Called one by one they give
 the same, and the maps. Whether to the bit is tried beside the kernel, once for each form of what it
 is given: shapes, strides and dtypes, its numbers, and how many threads there are. Of nested tensors
-the lengths do not count: they are others in each batch.
+the lengths do not count: they are others in each batch. What is tried is an input of our own: of
+one that is zero throughout, say, all ways to add up give the same.
 """
 
 from __future__ import annotations
@@ -47,21 +48,40 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
         return None
     with torch._C.DisableTorchFunction():  # a mode of another capture's is to see the kernel alone
         try:
-            found = steps(*args)
+            if form not in _tried:
+                if len(_tried) >= _MOST:
+                    _tried.clear()
+                given = _telling(args)
+                _tried[form] = same(steps(*given)[0], kernel(*given))
+            return steps(*args) if _tried[form] else None
         except RuntimeError:  # torch has them otherwise here: the kernel itself tells
             _tried[form] = False
             return None
-        if form not in _tried:
-            if len(_tried) >= _MOST:
-                _tried.clear()
-            _tried[form] = same(found[0], kernel(*args))
-    return found if _tried[form] else None
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether what two calls return is the same, to the bit."""
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(_dense(a).nan_to_num(), _dense(b).nan_to_num()) for a, b in pairs)
+    return all(map(_same, tensors_in(one), tensors_in(other)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = _dense(a), _dense(b)
+    if (a.shape, a.stride(), a.dtype) != (b.shape, b.stride(), b.dtype):
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _telling(args: Any) -> list[Any]:
+    """The same arguments with another input, drawn at random; it has the form of the first."""
+    x = args[0]
+    drawing = torch.Generator().manual_seed(0)
+    if x.is_nested:
+        made = _as(x, torch.randn(x.numel(), generator=drawing).to(x.dtype))
+    else:
+        length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        made = torch.randn(length, generator=drawing, dtype=torch.float32).to(x.dtype)
+        made = made.as_strided(x.shape, x.stride())
+    return [made if a is x else a for a in args]
 
 
 def _form(argument: Any) -> Any:
@@ -106,7 +126,8 @@ def _attention(
     mask_type: int | None = None,
 ) -> tuple[Any, Shown]:
     """`torch._native_multi_head_attention`."""
-    product = F.linear(x, weight)
+    # By another way where there are gradients.
+    product = F.linear(x, weight) if x.is_nested else torch.matmul(x, weight.detach().t())
     parts = torch._transform_bias_rescale_qkv(product, bias, heads)
     samples, _, tokens, _ = parts[0].shape
     q, k, v = (part.view(samples * heads, tokens, -1) for part in parts)
