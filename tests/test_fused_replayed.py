@@ -588,6 +588,23 @@ def test_inputs_that_are_not_contiguous(dtype: torch.dtype, frozen: bool) -> Non
                 assert out.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("kind", [_layer, Attentions])
+def test_no_samples_and_no_tokens(kind: Callable[[], nn.Module]) -> None:
+    """torch's kernels have ways of their own there, and their operators crash."""
+    model = kind().eval()
+    bare = copy.deepcopy(model)
+    with torch.no_grad(), capture(model) as maps:
+        for samples, tokens in [(0, 3), (0, 3), (2, 4), (2, 4), (0, 3), (2, 4)]:
+            x = torch.randn(samples, tokens, WIDTH)
+            assert torch.equal(model(x), bare(x))
+            assert len(maps) >= 5
+    attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True).eval()
+    x = torch.randn(3, 0, WIDTH)
+    with torch.no_grad(), capture(attention):
+        for _ in range(3):
+            assert attention(x, x, x)[0].shape == (3, 0, WIDTH)
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

@@ -104,8 +104,8 @@ class FusedKernel:
         """
         given = self._args[0]
         plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
-        known = given.device.type in _ENTRIES
-        if not known or given.dim() != 3 or dispatch_mode_count() or not all(plain):
+        known = given.device.type in _ENTRIES and given.dim() == 3 and given.numel()
+        if not known or dispatch_mode_count() or not all(plain):
             return self(), KernelMaps({}, ())
         if self._whole is not None:
             keep, found = self._args[1], self._layer_by_layer() if given.is_cpu else None
