@@ -605,6 +605,31 @@ def test_no_samples_and_no_tokens(kind: Callable[[], nn.Module]) -> None:
             assert attention(x, x, x)[0].shape == (3, 0, WIDTH)
 
 
+@pytest.mark.parametrize("kind", [_layer, Attentions])
+def test_autocast(kind: Callable[[], nn.Module]) -> None:
+    """For the CPU, torch fuses all the same."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    bare = copy.deepcopy(model)
+    with torch.no_grad(), capture(model):
+        for number, dtype in enumerate([None, torch.bfloat16, None, torch.float16] * 2):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            found = []
+            for one in model, bare:
+                with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                    try:
+                        found.append(one(x))
+                    except RuntimeError as error:  # not all of the kernel's operators take it
+                        found.append(str(error))
+            ours, theirs = found
+            assert type(ours) is type(theirs)
+            if isinstance(ours, Tensor):
+                assert ours.dtype is theirs.dtype
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours == theirs
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmapkit.torchlib.fused.steps import Shown, in_steps, same
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
+from fmapkit.torchlib.tensor_spec import casts
 
 __all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
 
@@ -107,12 +108,16 @@ class FusedKernel:
         known = given.device.type in _ENTRIES and given.dim() == 3 and given.numel()
         if not known or dispatch_mode_count() or not all(plain):
             return self(), KernelMaps({}, ())
+        keep, found = None, None
         if self._whole is not None:
-            keep, found = self._args[1], self._layer_by_layer() if given.is_cpu else None
-        else:
-            keep, found = None, in_steps(self._function, self._args) if not self._kwargs else None
+            keep = self._args[1]
+        if casts() is None and given.is_cpu:
+            found = self._layer_by_layer() if self._whole is not None else self._in_steps()
         output, shown = self._watched(wanted) if found is None else found
         return output, KernelMaps(shown, given.shape[:2], keep)
+
+    def _in_steps(self) -> tuple[Any, Shown] | None:
+        return None if self._kwargs else in_steps(self._function, self._args)
 
     def _layer_by_layer(self) -> tuple[Any, Shown] | None:
         """Run an encoder, and the kernels of its layers in steps; None if that cannot be."""
@@ -143,7 +148,7 @@ class FusedKernel:
         entries = _ENTRIES[self._args[0].device.type]
         with _Inside(entries, _weights(self.module), wanted) as inside:
             output = self()
-        tried = self._function, self._args[0].device.type, self._args[0].dtype
+        tried = self._function, self._args[0].device.type, self._args[0].dtype, casts()
         if tried not in _proven:
             bare = self()
             if not same(bare, output):
