@@ -630,6 +630,36 @@ def test_autocast(kind: Callable[[], nn.Module]) -> None:
                 assert ours == theirs
 
 
+class Residual(nn.Module):
+    """Writes to what attention returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = OwnAttention(WIDTH, 2, batch_first=True), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x)
+        y += x
+        return self.head(y.relu_())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("sizes", [[(1, 4)] * 4, [(3, 1)] * 4, [(3, 4), (2, 5), (1, 4), (4, 1)]])
+def test_what_attention_returns_is_written_to(mode: Any, sizes: list[tuple[int, int]]) -> None:
+    """Of one sample, or one token, the map of its last layer would lie in the same memory."""
+    torch.manual_seed(0)
+    model = Residual().eval()
+    bare = copy.deepcopy(model)
+    kinds = ("response", "preactivation", "activation")
+    with mode(), capture(model, kinds=kinds) as maps:
+        for number, size in enumerate(sizes * 2):
+            x = torch.randn(*size, WIDTH, generator=torch.Generator().manual_seed(number))
+            model(x)
+            expected = bare.attention(x).transpose(0, 1).reshape(-1, WIDTH)
+            assert torch.equal(maps["attention.out_proj", "response"].tensor, expected)
+    assert not maps.missed
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

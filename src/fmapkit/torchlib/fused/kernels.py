@@ -196,7 +196,12 @@ class KernelMaps(Mapping[str, Tensor]):
         if self._keep is not None:
             rows, tensor = tensor, tensor.new_zeros(*self._size, width)
             tensor[self._keep] = rows
-        return _turned(name, tensor.view(*self._size, width))
+        tensor = tensor.view(*self._size, width)
+        turned = _turned(name, tensor)
+        if turned is not tensor and not turned.shape[2:] and self._keep is None:
+            # Attention returns what it lies in, and whoever is given that may write to it.
+            return turned.clone() if storage_of(turned) == storage_of(tensor) else turned
+        return turned
 
     def fits(self, name: str, ordinary: Tensor) -> bool:
         """Whether one of them is that map of the ordinary path, computed in another way."""
