@@ -660,6 +660,64 @@ def test_what_attention_returns_is_written_to(mode: Any, sizes: list[tuple[int, 
     assert not maps.missed
 
 
+class Mapped(nn.Module):
+    """A layer under `torch.vmap`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = _layer(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.vmap(self.layer)(x.unflatten(0, (2, -1)))).relu()
+
+
+@torch.no_grad()
+def test_under_a_transform_nothing_of_ours_fails() -> None:
+    torch.manual_seed(0)
+    model = Mapped().eval()
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for number in range(3):
+            x = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(number))
+            assert torch.equal(model(x), bare(x))
+    assert not any("failed" in m.reason for m in maps.missed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_forward_of_the_objects_own_is_the_one_that_runs(inside: bool) -> None:
+    """As accelerate and others put it there."""
+    torch.manual_seed(0)
+    layer = _layer().eval()
+    model = nn.Sequential(layer, nn.Linear(WIDTH, 4), nn.ReLU()).eval() if inside else layer
+    x = torch.randn(2, 4, WIDTH)
+    expected = layer(x) * 2
+    layer.forward = lambda x: type(layer).forward(layer, x) * 2  # type: ignore[method-assign]
+    expected = model[1:](expected) if inside else expected
+    with capture(model) as maps:
+        for _ in range(4):
+            assert torch.equal(model(x), expected)
+    assert any("nonlinearity inside" in m.reason for m in maps.missed)
+
+
+class OwnTensor(Tensor):
+    """Torch's functions ask its class."""
+
+
+@torch.no_grad()
+def test_tensors_of_a_class_of_ones_own_are_not_fused() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+    bare = copy.deepcopy(model)
+    with capture(model):
+        for number in range(4):
+            x = torch.randn(3, 17, 64, generator=torch.Generator().manual_seed(number))
+            if number % 2:
+                x = x.as_subclass(OwnTensor)
+            out, expected = (m(x).as_subclass(Tensor) for m in (model, bare))
+            assert torch.equal(out, expected)
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

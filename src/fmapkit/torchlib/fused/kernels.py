@@ -27,6 +27,7 @@ from fmapkit.torchlib.fused.steps import Shown, in_steps, same
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
 from fmapkit.torchlib.tensor_spec import casts
+from fmapkit.torchlib.transforms import transforming
 
 __all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
 
@@ -106,7 +107,8 @@ class FusedKernel:
         given = self._args[0]
         plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
         known = given.device.type in _ENTRIES and given.dim() == 3 and given.numel()
-        if not known or dispatch_mode_count() or not all(plain):
+        watched = dispatch_mode_count() or transforming() is not None
+        if not known or watched or not all(plain):
             return self(), KernelMaps({}, ())
         keep, found = None, None
         if self._whole is not None:
@@ -198,10 +200,10 @@ class KernelMaps(Mapping[str, Tensor]):
             tensor[self._keep] = rows
         tensor = tensor.view(*self._size, width)
         turned = _turned(name, tensor)
-        if turned is not tensor and not turned.shape[2:] and self._keep is None:
-            # Attention returns what it lies in, and whoever is given that may write to it.
-            return turned.clone() if storage_of(turned) == storage_of(tensor) else turned
-        return turned
+        if name != "out_proj" or storage_of(turned) != storage_of(tensor):
+            return turned
+        # Attention returns what it lies in, and whoever is given that may write to it.
+        return turned.clone()
 
     def fits(self, name: str, ordinary: Tensor) -> bool:
         """Whether one of them is that map of the ordinary path, computed in another way."""
