@@ -106,7 +106,9 @@ def is_torchs(code: types.CodeType) -> bool:
 
 def fuses(module: nn.Module) -> bool:
     """Whether it is one of torch's modules with a fused path, with torch's own forward."""
-    return isinstance(module, _TYPES) and type(module).forward in _FORWARDS
+    if not isinstance(module, _TYPES) or "forward" in module.__dict__:
+        return False
+    return type(module).forward in _FORWARDS
 
 
 def fusing_of(module: nn.Module) -> Callable[[Iterable[Tensor]], Any] | None:
@@ -213,7 +215,8 @@ def _probe(forward: Any) -> Any:
         *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
         "_nested_tensor_from_mask",
     )
-    unwatched = _Namespace(torch.overrides, has_torch_function=lambda *_: False)
+    ask = partial(_without_ours, torch.overrides.has_torch_function)
+    unwatched = _Namespace(torch.overrides, has_torch_function=ask)
     inside = dict(
         forward.__globals__,
         torch=_Namespace(
