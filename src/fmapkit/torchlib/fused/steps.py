@@ -3,9 +3,9 @@
 With a mode on the stack (see `torchlib/fused/kernels.py`), each operator inside of a kernel goes
 through Python, which takes small models longer than the kernel itself. Called one by one they give
 the same, and the maps. Whether to the bit is tried beside the kernel, once for each form of what it
-is given: shapes, strides and dtypes, its numbers, and how many threads there are. Of nested tensors
-the lengths do not count: they are others in each batch. What is tried is an input of our own: of
-one that is zero throughout, say, all ways to add up give the same.
+is given: shapes, strides and dtypes, its numbers, the modes, and how many threads there are. Of
+nested tensors the lengths do not count: they are others in each batch. What is tried is an input of
+our own: of one that is zero throughout, say, all ways to add up give the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Shown", "in_steps", "same"]
+__all__ = ["Shown", "in_steps", "same", "telling"]
 
 # Maps by name, each with the bias that is still to be added, if there is any.
 Shown = dict[str, tuple[Tensor, Tensor | None]]
@@ -43,7 +43,8 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
     steps = _STEPS.get(kernel)
     if steps is None or not args[0].is_cpu:
         return None
-    form = kernel, torch.get_num_threads(), *map(_form, args)
+    modes = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    form = kernel, *modes, *map(_form, args)
     if _tried.get(form) is False:
         return None
     with torch._C.DisableTorchFunction():  # a mode of another capture's is to see the kernel alone
@@ -51,7 +52,7 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
             if form not in _tried:
                 if len(_tried) >= _MOST:
                     _tried.clear()
-                given = _telling(args)
+                given = telling(args)
                 _tried[form] = same(steps(*given)[0], kernel(*given))
             return steps(*args) if _tried[form] else None
         except RuntimeError:  # torch has them otherwise here: the kernel itself tells
@@ -71,25 +72,27 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _telling(args: Any) -> list[Any]:
-    """The same arguments with another input, drawn at random; it has the form of the first."""
+def telling(args: Any) -> list[Any]:
+    """A kernel's arguments with another input, drawn at random; it has the form of the first."""
     x = args[0]
     drawing = torch.Generator().manual_seed(0)
     if x.is_nested:
-        made = _as(x, torch.randn(x.numel(), generator=drawing).to(x.dtype))
+        drawn = torch.randn(x.numel(), generator=drawing, device="cpu")
+        made = _as(x, drawn.to(x.device, x.dtype))
     else:
         length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-        made = torch.randn(length, generator=drawing, dtype=torch.float32).to(x.dtype)
-        made = made.as_strided(x.shape, x.stride())
+        drawn = torch.randn(length, generator=drawing, device="cpu")
+        made = drawn.to(x.device, x.dtype).as_strided(x.shape, x.stride())
     return [made if a is x else a for a in args]
 
 
 def _form(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
+    graph = argument.requires_grad, argument.is_inference()
     if argument.is_nested:
-        return argument.size(0), argument.dtype
-    return argument.shape, argument.stride(), argument.dtype
+        return argument.size(0), argument.dtype, *graph
+    return argument.shape, argument.stride(), argument.dtype, *graph
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -126,8 +129,9 @@ def _attention(
     mask_type: int | None = None,
 ) -> tuple[Any, Shown]:
     """`torch._native_multi_head_attention`."""
-    # By another way where there are gradients.
-    product = F.linear(x, weight) if x.is_nested else torch.matmul(x, weight.detach().t())
+    # Products go another way where a weight requires gradients, as the kernel sees it.
+    by = weight if torch.is_inference_mode_enabled() else weight.detach()
+    product = F.linear(x, by) if x.is_nested else torch.matmul(x, by.t())
     parts = torch._transform_bias_rescale_qkv(product, bias, heads)
     samples, _, tokens, _ = parts[0].shape
     q, k, v = (part.view(samples * heads, tokens, -1) for part in parts)
