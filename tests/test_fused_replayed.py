@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmapkit import FeatureMaps, capture
+from fmapkit.missed import Reason
 from fmapkit.session import fused_paths
 from fmapkit.torchlib.fused import kernels
 from tests.truth import assert_nothing_left, fingerprint
@@ -570,20 +571,25 @@ def test_a_fault_of_ours_is_named_and_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_inputs_that_are_not_contiguous(dtype: torch.dtype, frozen: bool) -> None:
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_inputs_that_are_not_contiguous(
+    dtype: torch.dtype, stepwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A first one that is zero throughout tells nothing of the ways in which torch adds up."""
+    if not stepwise:
+        monkeypatch.setattr(kernels, "in_steps", lambda *_: None)
     torch.manual_seed(0)
     model = nn.Sequential(OwnAttention(WIDTH, 2, batch_first=True), _layer()).eval().to(dtype)
     bare = copy.deepcopy(model)
-    model.requires_grad_(not frozen)
-    with torch.no_grad(), capture(model):
+    with capture(model):
         for tokens, samples in [(7, 3), (1, 4), (5, 2)]:
-            for number in range(6):
+            for number in range(9):
                 x = torch.randn(tokens, samples, WIDTH, dtype=dtype) * (number > 0)
-                model.requires_grad_(number > 3)
-                expected = bare(x.transpose(0, 1))
-                out = model(x.transpose(0, 1))
+                for one in model, bare:
+                    one.requires_grad_(number % 3 > 0)
+                with torch.inference_mode() if number % 2 else torch.no_grad():
+                    expected = bare(x.transpose(0, 1))
+                    out = model(x.transpose(0, 1))
                 assert torch.equal(out, expected)
                 assert out.stride() == expected.stride()
 
@@ -716,6 +722,83 @@ def test_tensors_of_a_class_of_ones_own_are_not_fused() -> None:
                 x = x.as_subclass(OwnTensor)
             out, expected = (m(x).as_subclass(Tensor) for m in (model, bare))
             assert torch.equal(out, expected)
+
+
+class Raises(nn.ReLU):
+    """Which torch's kernel never calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("not mine")
+
+
+class Hinted(nn.Module):
+    """Says that its mask is causal, and has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.attention = _layer(), nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.TransformerEncoderLayer.forward(self.layer, x, is_causal=True)
+        x = self.attention(x, x, x, need_weights=False, is_causal=True)[0]
+        return self.head(x).relu()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hinted", "raises", "nested"])
+def test_the_ordinary_path_alone_raises(name: str) -> None:
+    """It runs for its maps: what it raises, the model does not."""
+    torch.manual_seed(0)
+    model = {"hinted": Hinted(), "raises": _layer(activation=Raises()), "nested": _layer()}[name]
+    bare = copy.deepcopy(model.eval())
+    with capture(model) as maps:
+        for number in range(4):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            if name == "nested":
+                x = torch.nested.nested_tensor([x[0], x[1, :2]])
+            out, expected = model(x), bare(x)
+            if name == "nested":
+                out, expected = (t.to_padded_tensor(0.0) for t in (out, expected))
+            assert torch.equal(out, expected)
+            if name == "hinted":
+                assert maps["head"].shape == (2, 4, 4)
+    assert any(m.why is Reason.FUSED_PATH_ALONE for m in maps.missed)
+
+
+class Noisy(nn.ReLU):
+    """Draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dropout", "noisy", "attention", "padded"])
+def test_the_ordinary_path_draws_no_random_numbers(name: str) -> None:
+    """Torch fuses a layer whose dropout alone is in training, and drops nothing."""
+    torch.manual_seed(0)
+    activation = Noisy() if name == "noisy" else nn.ReLU()
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, 0.5, activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    for module in model.modules():
+        module.training = isinstance(module, nn.Dropout) and name != "noisy"
+        if isinstance(module, nn.MultiheadAttention):
+            module.training = name == "attention"
+    bare, found = copy.deepcopy(model), []
+    padding = torch.tensor([[False] * 4, [False] * 2 + [True] * 2]) if name == "padded" else None
+    for one in model, bare:
+        torch.manual_seed(1)
+        with capture(one) if one is model else torch.no_grad():
+            found.append(
+                [
+                    (one(torch.randn(2, 4, WIDTH), src_key_padding_mask=padding), torch.randn(3))
+                    for _ in range(4)
+                ]
+            )
+    for (ours, our_next), (theirs, their_next) in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(our_next, their_next)
 
 
 class Attentions64(nn.Module):

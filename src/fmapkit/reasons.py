@@ -34,6 +34,10 @@ class Reason(Enum):
         "torch runs it as one fused kernel here, whose inside nobody can see: its output is the "
         "fused one's, bit for bit, and its maps are those of the same layer run unfused, beside it"
     )
+    FUSED_PATH_ALONE = (
+        "torch runs it as one fused kernel here, whose inside nobody can see: run unfused, for its "
+        "maps, the same layer raised {error}, and has those alone that came before"
+    )
     FUSED_PATH_EDITED = (
         "torch runs it as one fused kernel here, in which nothing can be edited: for the edit it "
         "ran unfused, which differs from the fused one in the last bits, also where nothing was "

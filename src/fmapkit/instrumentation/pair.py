@@ -36,7 +36,7 @@ class Pair(Around):
         owner: the session.
         pre: (module, args, kwargs) -> what to give it instead, or what it has `Returned`, or None.
         post: (module, args, kwargs, output) -> what to return instead, or None. The output is
-            `FAILED` after an `Exception`.
+            `FAILED` after an `Exception`, which is raised unless something is `Returned`.
         broken_off: (module, error) -> whether the call returns None then. Called in place of
             `post` where what ended the call is no `Exception`; if it gives None, `post` is called
             as after one.
@@ -62,7 +62,9 @@ class Pair(Around):
                     args, kwargs = given
                 output = self.inner(*args, **kwargs)
         except Exception:
-            self.post(module, args, kwargs, FAILED)
+            instead = self.post(module, args, kwargs, FAILED)
+            if type(instead) is Returned:
+                return instead.output
             raise
         except BaseException as error:
             if not self._returns(module, args, kwargs, error, begun=True):

@@ -8,6 +8,7 @@ Pair, Hook -> HookDispatcher.pre    -> Passes.begin   the model's call: is it a 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit.compiled import CompiledEntries
-from fmapkit.instrumentation import FAILED
+from fmapkit.instrumentation import FAILED, Returned
 from fmapkit.missed import RAISED, reason
 from fmapkit.model import REPLICAS
 from fmapkit.session.answers import (
@@ -120,11 +121,13 @@ class HookDispatcher:
         if self._edits and self._edits.running:
             return None
         replaced = None
-        failed = output is FAILED
+        outlived, failed = False, output is FAILED
         # Most calls that end are those of regions that are replayed.
         answer = self._replaying if live.run is not None else self._answer()
         try:
             if module is self._fused.module:
+                outlived = failed and self._fused.outlives(sys.exc_info()[1])
+                failed = failed and not outlived
                 replaced = output = self._fused.leave(output, failed)
             new = answer.leave(module, args, kwargs, None if failed else output, failed)
             if answer is self._outside:
@@ -139,7 +142,7 @@ class HookDispatcher:
             if module is self._model and not live.depth:
                 self._passes.abandon()
             self.fault(module, error)
-        return replaced
+        return Returned(replaced) if outlived else replaced
 
     def _elsewhere(self, module: nn.Module) -> None:
         """A module runs in another thread, or in a backward."""

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.instrumentation import Hooks, Returned
-from fmapkit.missed import MissedLog, Reason
+from fmapkit.missed import RAISED, MissedLog, Reason
 from fmapkit.paths import ControlPaths
 from fmapkit.provenance import describe
 from fmapkit.replay import KernelSteps
@@ -27,6 +27,7 @@ from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
 from fmapkit.torchlib.fused.kernels import FusedKernel, OrdinaryPath
 from fmapkit.torchlib.fused.paths import beside, fused_kernel, may_fuse, runners
+from fmapkit.torchlib.fused.random_numbers import random_state
 from fmapkit.torchlib.modes import leave_mode, push_mode
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import FusedCall, PassTrace
@@ -45,8 +46,10 @@ class _Call:
         steps: those whose maps the kernel has shown, where the ordinary path does not run.
         maps: these.
         ordinary: gives the layers of that path what the kernel has computed.
-        before: how many hook points there had been, and decisions; whether nobody else has to see
-            the ordinary path.
+        before: how many hook points there had been, and decisions.
+        alone: nobody else has to see the ordinary path.
+        drawn: the state of the random numbers as the fused path had ended, which the ordinary one
+            may draw from; None where others do that, too.
     """
 
     module: nn.Module
@@ -55,7 +58,9 @@ class _Call:
     steps: KernelSteps | None = None
     maps: Mapping[str, Tensor] | None = None
     ordinary: OrdinaryPath | None = None
-    before: tuple[int, int, bool] = (0, 0, False)
+    before: tuple[int, int] = (0, 0)
+    alone: bool = False
+    drawn: Any = None
 
 
 def _opened(function: Any) -> Any:
@@ -84,9 +89,11 @@ class FusedPaths:
         fault: Callable[[nn.Module, Exception], None],
     ) -> None:
         self._call: _Call | None = None
+        self._broken: Exception | None = None  # what the ordinary path has raised, and it alone
         self._running = False  # a fused path is: what it calls does not run twice
         self._outer: Any = None
         self._edits = asked.edits
+        self._analyses = asked.analyses
         self._names = asked.names
         self._attention = asked.wants.kind("attention")
         self._live = live
@@ -131,9 +138,11 @@ class FusedPaths:
         if call.steps is None:
             try:
                 output = function(*args, **kwargs)
-            except BaseException:
-                self._clear()
-                raise
+            except BaseException as error:
+                if not self.outlives(error):
+                    self._clear()
+                    raise
+                output = None
         return self.leave(output)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Returned | None:
@@ -196,7 +205,9 @@ class FusedPaths:
         """
         live, module, edits = self._live, kernel.module, self._edits
         if edits or self._attention:
-            return _Call(module, kernel(), edits.runs)
+            output = kernel()
+            drawn = random_state(output) if may_skip and not edits else None
+            return _Call(module, output, edits.runs, alone=may_skip, drawn=drawn)
         steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
         try:
             output, maps = kernel.run(None if steps is None else steps.wanted)
@@ -205,12 +216,27 @@ class FusedPaths:
             self._fault(module, error)
         if maps and steps is not None and steps.wanted.issubset(maps):
             return _Call(module, output, edits.runs, steps, maps)
-        ordinary = None
+        drawn, ordinary = random_state(output) if may_skip else None, None
         if maps and live.thread not in beside:  # else another capture's lies on the stack
             ordinary = OrdinaryPath(module, maps, _opened)
         firings = live.tracer.trace.record.firings if live.tracer is not None else ()
-        told = len(firings), self._paths.position, may_skip
-        return _Call(module, output, edits.runs, ordinary=ordinary, before=told)
+        told = len(firings), self._paths.position
+        return _Call(module, output, edits.runs, None, None, ordinary, told, may_skip, drawn)
+
+    def outlives(self, error: BaseException | None) -> bool:
+        """Whether the fused path's output is there, and its ordinary one alone has raised.
+
+        Args:
+            error: that has ended the call.
+        """
+        call = self._call
+        assert call is not None
+        if self._edits or not call.alone or not isinstance(error, Exception):
+            return False
+        if isinstance(error, RAISED) or error is self._analyses.raised:
+            return False
+        self._broken = error
+        return True
 
     def leave(self, output: Any, failed: bool = False) -> Any:
         """The module's call has ended, or what ran in place of its forward.
@@ -223,9 +249,13 @@ class FusedPaths:
             What goes on in its place: the fused output, which carries what the ordinary path's
             does; that one's own, where something was edited in it.
         """
-        call = self._call
+        call, broken = self._call, self._broken
         assert call is not None
         self._clear()
+        if broken is not None:
+            error = f"{type(broken).__name__}: {broken}"
+            self._misses.add(self._names.of(call.module), Reason.FUSED_PATH_ALONE.text(error=error))
+            return call.output
         if call.steps is not None:
             return call.output
         edited = self._edits.runs != call.edits
@@ -245,7 +275,7 @@ class FusedPaths:
             return False
         reference = trace.record.aliases.reference
         names = {id(reference(tensor)): name for name, tensor in call.ordinary.given.items()}
-        firings, (first, position, may_skip) = trace.record.firings, call.before
+        firings, (first, position) = trace.record.firings, call.before
         held = [
             event.x_held if slot == "x" else event.y_held
             for firing in firings[first:]
@@ -254,7 +284,7 @@ class FusedPaths:
         ]
         if not all(id(one) in names for one in held):
             return False
-        alone = may_skip and not any(map(self._hooks.others_on, call.module.modules()))
+        alone = call.alone and not any(map(self._hooks.others_on, call.module.modules()))
         if alone and position == self._paths.position:
             trace.fused.append(FusedCall(call.module, first, len(firings), names))
         return True
@@ -262,6 +292,8 @@ class FusedPaths:
     def _clear(self) -> None:
         """Nothing runs by a fused path any more."""
         beside.discard(self._live.thread)
-        if self._call is not None and self._call.ordinary is not None:
-            leave_mode(self._call.ordinary)
-        self._call = None
+        call, self._call, self._broken = self._call, None, None
+        if call is not None and call.ordinary is not None:
+            leave_mode(call.ordinary)
+        if call is not None and call.drawn is not None:
+            call.drawn()
