@@ -126,6 +126,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "layer": _layer,
     "norm first": lambda: nn.Sequential(_layer(norm_first=True), nn.Linear(WIDTH, 4), nn.ReLU()),
     "gelu": lambda: nn.Sequential(_layer(activation="gelu"), _layer(activation="gelu")),
+    "in place": lambda: nn.Sequential(_layer(activation=nn.ReLU(inplace=True)), nn.ReLU()),
     "its own": lambda: nn.Sequential(_layer(activation=nn.SiLU()), nn.ReLU()),
     "encoder": lambda: nn.TransformerEncoder(_layer(), 3),
     "attentions": Attentions,
@@ -799,6 +800,25 @@ def test_the_ordinary_path_draws_no_random_numbers(name: str) -> None:
     for (ours, our_next), (theirs, their_next) in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
         assert torch.equal(our_next, their_next)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", ["activation", "response", ("preactivation", "activation")])
+def test_a_nonlinearity_in_place(kinds: Any) -> None:
+    """In the ordinary path it overwrites what the kernel has computed of the layer before."""
+    torch.manual_seed(0)
+    layer = _layer(activation=nn.ReLU(inplace=True)).eval()
+    with capture(layer, kinds=kinds) as maps:
+        for number in range(4):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            layer(x)
+            own = _attention_by_hand(layer.self_attn, x)["out_proj"]
+            y = layer.norm1(own + x).view(-1, WIDTH)
+            z = torch.addmm(layer.linear1.bias, y, layer.linear1.weight.t()).view(2, 4, 32)
+            for kind in {m.kind for m in maps}:
+                expected = z.relu() if kind == "activation" else z
+                torch.testing.assert_close(maps["linear1", kind].tensor, expected)
+    assert bool(maps.missed) is (kinds != "activation")
 
 
 class Attentions64(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmapkit.torchlib.fused.steps import Shown, in_steps, same, telling
-from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
 from fmapkit.torchlib.tensor_spec import casts
 from fmapkit.torchlib.transforms import transforming
@@ -343,18 +343,37 @@ class OrdinaryPath(ObserverMode):
         if opened is not None:
             with self:
                 return opened(*args, **(kwargs or {}))
+        version = version_of(args[0]) if args and isinstance(args[0], Tensor) else 0
         output = func(*args, **(kwargs or {}))
+        if args and output is args[0]:
+            if version_of(output) != version or (version < 0 and _in_place(func, kwargs)):
+                self._written(func, output)
+            return output
         name = None
         if func is F.linear:
             name = self._names.get(id(args[1])) if len(args) > 1 else None
         elif getattr(func, "__name__", "") in _SIGMA_NAMES and args:
             name = next((_activation(n) for n, z in self.given.items() if z is args[0]), None)
-        if name is None or name not in self._maps or name in self.given or output is args[0]:
+        if name is None or name not in self._maps or name in self.given:
             return output
         if not self._maps.fits(name, output):
             return output
         self.given[name] = self._maps[name]
         return self.given[name]
+
+    def _written(self, func: Any, tensor: Tensor) -> None:
+        """A function has worked in place: what lies there is the map no more that was given."""
+        name = next((name for name, given in self.given.items() if given is tensor), None)
+        if name is None:
+            return
+        del self.given[name]
+        if name.endswith("linear1") and getattr(func, "__name__", "").rstrip("_") in _SIGMA_NAMES:
+            self.given[_activation(name)] = tensor
+
+
+def _in_place(func: Any, kwargs: Any) -> bool:
+    """Whether a function works in place that has returned what it was given."""
+    return func.__name__.endswith("_") or bool(kwargs and kwargs.get("inplace"))
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
