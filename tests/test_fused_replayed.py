@@ -821,6 +821,36 @@ def test_a_nonlinearity_in_place(kinds: Any) -> None:
     assert bool(maps.missed) is (kinds != "activation")
 
 
+class Raising:
+    """An analysis with an error of its own."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def update(self, fm: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ValueError("mine")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [_layer, PastTheCall, _own_layer])
+@pytest.mark.parametrize("at", [2, 8, 14])
+def test_what_an_analysis_raises_is_raised(kind: Callable[[], nn.Module], at: int) -> None:
+    model = kind().eval()
+
+    def four_passes() -> None:
+        with capture(model, analyses=[Raising(at)]):
+            for _ in range(4):
+                model(torch.randn(2, 4, WIDTH))
+
+    with pytest.raises(ValueError, match="mine"):
+        four_passes()
+    with capture(model) as maps:
+        model(torch.randn(2, 4, WIDTH))
+    assert maps.layers
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

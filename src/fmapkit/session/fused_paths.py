@@ -131,7 +131,13 @@ class FusedPaths:
             function = partial(self._outer, function)
         if module is None or self._edits.running:
             return function(*args, **kwargs)
-        call = self._begin(forward, module, given, kwargs, self._outer is None)
+        try:
+            call = self._begin(forward, module, given, kwargs, self._outer is None)
+        except Exception as error:  # in a look at its maps
+            call = self._call
+            self._clear()
+            self._fault(module, error)
+            self._call = call
         if call is None:
             return function(*args, **kwargs)
         output = call.output
@@ -179,21 +185,18 @@ class FusedPaths:
                     with self._hooks.suspended(module.modules() if whole else ()):
                         call = self._fused(kernel, may_skip)
             self._call = call
+            if call is not None:
+                beside.add(live.thread)
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
             elif call is not None and call.steps and call.maps and run is not None:
-                try:
-                    run.shown(call.steps, call.maps)
-                except Exception as error:
-                    self._fault(module, error)
+                run.shown(call.steps, call.maps)
         finally:
             self._running = False
             if paused:
                 live.trace_on()
             if run is not None and lit:
                 run.light().resume()
-        if call is not None:
-            beside.add(live.thread)
         return call
 
     def _fused(self, kernel: FusedKernel, may_skip: bool) -> _Call:
