@@ -25,7 +25,8 @@ from fmapkit.provenance import describe
 from fmapkit.replay import KernelSteps
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
-from fmapkit.torchlib.fused.kernels import FusedKernel, OrdinaryPath
+from fmapkit.torchlib.fused.kernels import FusedKernel
+from fmapkit.torchlib.fused.ordinary import OrdinaryPath
 from fmapkit.torchlib.fused.paths import beside, fused_kernel, may_fuse, runners
 from fmapkit.torchlib.fused.random_numbers import random_state
 from fmapkit.torchlib.modes import leave_mode, push_mode
@@ -77,6 +78,9 @@ class FusedPaths:
         misses: what ran and was not captured.
         paths: which decisions passes take.
         fault: is told of an error in a look of ours, and raises what is not.
+
+    Attributes:
+        module: whose call is under way; None while there is none.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class FusedPaths:
         paths: ControlPaths,
         fault: Callable[[nn.Module, Exception], None],
     ) -> None:
+        self.module: nn.Module | None = None
         self._call: _Call | None = None
         self._broken: Exception | None = None  # what the ordinary path has raised, and it alone
         self._running = False  # a fused path is: what it calls does not run twice
@@ -101,11 +106,6 @@ class FusedPaths:
         self._misses = misses
         self._paths = paths
         self._fault = fault
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module whose call is under way; None while there is none."""
-        return self._call.module if self._call is not None else None
 
     def begin(self) -> None:
         """A pass begins: where the model's own code calls a forward that may fuse, `run` does."""
@@ -186,6 +186,7 @@ class FusedPaths:
                         call = self._fused(kernel, may_skip)
             self._call = call
             if call is not None:
+                self.module = module
                 beside.add(live.thread)
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
@@ -295,7 +296,7 @@ class FusedPaths:
     def _clear(self) -> None:
         """Nothing runs by a fused path any more."""
         beside.discard(self._live.thread)
-        call, self._call, self._broken = self._call, None, None
+        call, self._call, self._broken, self.module = self._call, None, None, None
         if call is not None and call.ordinary is not None:
             leave_mode(call.ordinary)
         if call is not None and call.drawn is not None:

@@ -19,45 +19,24 @@ from threading import get_ident
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmapkit.torchlib.fused.inside import Inside
+from fmapkit.torchlib.fused.layers import ATTENTION, OF_LAYER, weights_of
 from fmapkit.torchlib.fused.steps import Shown, in_steps, same, telling
-from fmapkit.torchlib.memory import storage_of, version_of
-from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.modes import dispatch_mode_count
 from fmapkit.torchlib.tensor_spec import casts
 from fmapkit.torchlib.transforms import transforming
 
-__all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
+__all__ = ["FusedKernel", "KernelMaps"]
 
-_aten = torch.ops.aten
 _Key = torch._C.DispatchKey
 # Where a kernel's own entry is in the dispatcher, by the type of device; that of nested tensors.
 _ENTRIES = {
     "cpu": (_Key.CPU, _Key.NestedTensorCPU),
     "cuda": (_Key.CUDA, _Key.NestedTensorCUDA),
 }
-_KERNELS = frozenset(
-    {
-        _aten._transformer_encoder_layer_fwd.default,
-        _aten._native_multi_head_attention.default,
-        _aten._addmm_activation.default,
-    }
-)
-# Products with a layer's weight: which argument that is, and which one the bias, if there is any.
-_PRODUCTS = {
-    _aten.mm.default: (1, None),
-    _aten.addmm.default: (2, 0),
-    _aten.linear.default: (1, 2),
-}
-_SIGMAS = frozenset({_aten.relu_.default, _aten.gelu_.default})
-_SIGMA_NAMES = frozenset({"relu", "gelu"})
-# The maps of a kernel: of attention, its two projections; of an encoder layer, these and its own.
-_ATTENTION = ("in_proj", "out_proj")
-_LAYERS = ("linear1", "linear2")
-_OF_LAYER = (*_ATTENTION, *_LAYERS, "activation")
-
 # By thread: what runs the kernel of an encoder's layer while the encoder runs by its fused path.
 kernel_runners: dict[int, Callable[..., Any]] = {}
 # By the form of a kernel's call: whether it was seen to return the same to the bit with a mode.
@@ -143,23 +122,23 @@ class FusedKernel:
             output = self()
         finally:
             del kernel_runners[get_ident()]
-        every = len(ran) == len(places) and len(shown) == len(ran) * len(_OF_LAYER)
+        every = len(ran) == len(places) and len(shown) == len(ran) * len(OF_LAYER)
         return (output, shown) if every else None
 
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
         """Run it with a mode on the stack."""
-        entries, weights = _ENTRIES[self._args[0].device.type], _weights(self.module)
+        entries, weights = _ENTRIES[self._args[0].device.type], weights_of(self.module)
         form = self._form()
         if form not in _proven:
             if len(_proven) >= _MOST:
                 _proven.clear()
             bare = self if self._whole is not None else self._telling()
-            with _Inside(entries, weights, ()):
+            with Inside(entries, weights, ()):
                 output = bare()
             _proven[form] = same(output, bare())
         if not _proven[form]:
             return self(), {}
-        with _Inside(entries, weights, wanted) as inside:
+        with Inside(entries, weights, wanted) as inside:
             output = self()
         return output, inside.found
 
@@ -238,169 +217,7 @@ class KernelMaps(Mapping[str, Tensor]):
 def _turned(name: str, tensor: Tensor) -> Tensor:
     """(samples, tokens, ...) as the ordinary path has the map of a name."""
     kind = name.rpartition(".")[2]
-    if kind not in _ATTENTION:
+    if kind not in ATTENTION:
         return tensor
     turned = tensor.transpose(0, 1)  # attention has its tokens first
     return turned if kind == "in_proj" else turned.reshape(-1, tensor.shape[-1])
-
-
-class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operators inside of a kernel.
-
-    Args:
-        entries: by which the kernel is called; of nested tensors.
-        weights: of the layers, with their biases, by name.
-        wanted: the names of the maps that are asked for; None for all.
-
-    Attributes:
-        found: the maps.
-    """
-
-    def __init__(
-        self, entries: tuple[Any, Any], weights: Mapping[str, Any], wanted: Collection[str] | None
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: Shown = {}
-        self._entries = entries
-        self._weights = weights
-        self._places = {_place(weight): name for name, (weight, _) in weights.items()}
-        self._wanted = wanted
-        self._product: str | None = None  # whose σ comes next, in the same call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _KERNELS:
-            if func is _aten._addmm_activation.default:
-                self._product = self._places.get(_place(args[2]))
-            with self:
-                return func._op_dk(self._entries[args[0].is_nested], *args, **kwargs)
-        if func in _SIGMAS and self._product is not None:
-            return self._activation(func, args, kwargs)
-        if func._schema.is_mutable:
-            self._before_write(func, args, kwargs)
-        output = func(*args, **kwargs)
-        product = _PRODUCTS.get(func)
-        if product is not None:
-            weight, bias = product
-            name = self._places.get(_place(args[weight]))
-            if name is not None and self._asks(name):
-                biased = bias is not None and len(args) > bias and args[bias] is not None
-                self.found[name] = output, None if biased else self._weights[name][1]
-        return output
-
-    def _activation(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """σ runs in place of a layer's z."""
-        name, self._product = self._product, None
-        assert name is not None
-        if self._asks(name):
-            self.found[name] = args[0].clone(), None
-        output = func(*args, **kwargs)
-        self.found[_activation(name)] = args[0], None
-        return output
-
-    def _asks(self, name: str) -> bool:
-        return self._wanted is None or name in self._wanted
-
-    def _before_write(self, func: Any, args: Any, kwargs: Any) -> None:
-        """An operator is about to write: a map that lies there is copied."""
-        for at, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            target = args[at] if at < len(args) else kwargs.get(argument.name)
-            if not isinstance(target, Tensor):
-                continue
-            memory = storage_of(target)
-            for name, (tensor, bias) in self.found.items():
-                if storage_of(tensor) == memory:
-                    self.found[name] = tensor.clone(), bias
-
-
-class OrdinaryPath(ObserverMode):
-    """The ordinary path of a module runs, whose layers give what they gave in the fused kernel.
-
-    It lies below the tracer on torch's stack, which so sees what the kernel computed.
-
-    Args:
-        module: of torch's.
-        maps: of its kernel's call.
-        opened: a function of torch's that hides from modes what it calls, as they see it; or None.
-
-    Attributes:
-        given: those that were given so far, by name.
-    """
-
-    def __init__(self, module: nn.Module, maps: KernelMaps, opened: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.given: dict[str, Tensor] = {}
-        self._maps = maps
-        self._opened = opened
-        weights = _weights(module)
-        names = {id(weight): name for name, (weight, _) in weights.items()}
-        self._names = names if len(names) == len(weights) else {}  # two layers may have one weight
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        opened = self._opened(func)
-        if opened is not None:
-            with self:
-                return opened(*args, **(kwargs or {}))
-        version = version_of(args[0]) if args and isinstance(args[0], Tensor) else 0
-        output = func(*args, **(kwargs or {}))
-        if args and output is args[0]:
-            if version_of(output) != version or (version < 0 and _in_place(func, kwargs)):
-                self._written(func, output)
-            return output
-        name = None
-        if func is F.linear:
-            name = self._names.get(id(args[1])) if len(args) > 1 else None
-        elif getattr(func, "__name__", "") in _SIGMA_NAMES and args:
-            name = next((_activation(n) for n, z in self.given.items() if z is args[0]), None)
-        if name is None or name not in self._maps or name in self.given:
-            return output
-        if not self._maps.fits(name, output):
-            return output
-        self.given[name] = self._maps[name]
-        return self.given[name]
-
-    def _written(self, func: Any, tensor: Tensor) -> None:
-        """A function has worked in place: what lies there is the map no more that was given."""
-        name = next((name for name, given in self.given.items() if given is tensor), None)
-        if name is None:
-            return
-        del self.given[name]
-        if name.endswith("linear1") and getattr(func, "__name__", "").rstrip("_") in _SIGMA_NAMES:
-            self.given[_activation(name)] = tensor
-
-
-def _in_place(func: Any, kwargs: Any) -> bool:
-    """Whether a function works in place that has returned what it was given."""
-    return func.__name__.endswith("_") or bool(kwargs and kwargs.get("inplace"))
-
-
-def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The weights and biases that a module's kernel is given, by the names of its maps."""
-    if isinstance(module, nn.MultiheadAttention):
-        return {
-            "in_proj": (module.in_proj_weight, module.in_proj_bias),
-            "out_proj": (module.out_proj.weight, module.out_proj.bias),
-        }
-    if isinstance(module, nn.TransformerEncoder):
-        each = [
-            (f"{n}.", layer)
-            for n, layer in enumerate(module.layers)
-            if isinstance(layer, nn.TransformerEncoderLayer)
-        ]
-        return {at + name: w for at, layer in each for name, w in _weights(layer).items()}
-    layers = {name: getattr(module, name) for name in _LAYERS}
-    own = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
-    attention: Any = module.self_attn
-    return _weights(attention) | own
-
-
-def _activation(linear: str) -> str:
-    """The map of σ after a layer."""
-    return linear.removesuffix("linear1") + "activation"
-
-
-def _place(weight: Tensor) -> tuple[int, int]:
-    """Tells a weight from others, turned over or not."""
-    return weight.data_ptr(), weight.numel()
