@@ -851,6 +851,13 @@ def test_what_an_analysis_raises_is_raised(kind: Callable[[], nn.Module], at: in
     assert maps.layers
 
 
+def test_a_map_with_nan_is_known_for_the_same() -> None:
+    """A sample that is masked throughout is NaN; near zero, the others differ in more than bits."""
+    kernel, ordinary = torch.tensor([torch.nan, 1.0, 1e-9]), torch.tensor([torch.nan, 1.0, -1e-9])
+    assert kernels._alike(kernel, ordinary)
+    assert not kernels._alike(kernel, ordinary.nan_to_num(0.0))
+
+
 class Attentions64(nn.Module):
     """Large enough that the two paths differ."""
 

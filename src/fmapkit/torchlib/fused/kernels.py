@@ -210,7 +210,7 @@ class KernelMaps(Mapping[str, Tensor]):
         if self._keep is not None:
             at = _turned(name, self._keep[..., None])[..., 0]
             found, ordinary = found[at], ordinary[at]
-        most = float(ordinary.abs().amax().nan_to_num(0.0, 0.0)) if ordinary.numel() else 0.0
+        most = float(ordinary.abs().nan_to_num(0.0, 0.0).amax()) if ordinary.numel() else 0.0
         return torch.allclose(found, ordinary, rtol=0.1, atol=0.1 * most, equal_nan=True)
 
 
