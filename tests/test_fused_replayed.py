@@ -854,8 +854,10 @@ def test_what_an_analysis_raises_is_raised(kind: Callable[[], nn.Module], at: in
 def test_a_map_with_nan_is_known_for_the_same() -> None:
     """A sample that is masked throughout is NaN; near zero, the others differ in more than bits."""
     kernel, ordinary = torch.tensor([torch.nan, 1.0, 1e-9]), torch.tensor([torch.nan, 1.0, -1e-9])
-    assert kernels._alike(kernel, ordinary)
-    assert not kernels._alike(kernel, ordinary.nan_to_num(0.0))
+    kernel, ordinary = kernel.view(1, 3, 1), ordinary.view(1, 3, 1)
+    maps = kernels.KernelMaps({"linear1": (kernel, None)}, (1, 3))
+    assert maps.fits("linear1", ordinary)
+    assert not maps.fits("linear1", ordinary.nan_to_num(0.0))
 
 
 class Attentions64(nn.Module):
