@@ -31,8 +31,6 @@ from fmapkit.provenance.vocabulary import (
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import mutated, namespace_of, operators_of
 
-__all__ = ["Function", "beside_numbers", "describe", "described", "target_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Function:

@@ -14,24 +14,6 @@ from torch import Tensor, nn
 
 from fmapkit.provenance.layout import ChannelLayout
 
-__all__ = [
-    "NOWHERE",
-    "STOP",
-    "Carried",
-    "ChannelLabel",
-    "Label",
-    "Lookup",
-    "Made",
-    "OfModule",
-    "Origin",
-    "ParamLabel",
-    "ParamLabelRef",
-    "Source",
-    "flow_of",
-    "is_same",
-]
-
-
 # The tensors that are asked for: by module, and by who asks.
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 

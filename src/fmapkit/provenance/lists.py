@@ -16,8 +16,6 @@ from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["each_call", "on_lists", "seen_by_each"]
-
 _PREFIX = "_foreach_"
 # Of one tensor and a number, these go by other names.
 _WITH_NUMBER = {"maximum": "clamp_min", "minimum": "clamp_max"}

@@ -29,11 +29,6 @@ from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = [
-    *("PACKED", "REGISTERED", "Buffers", "BufferPlace", "StandIns", "WeightRows", "buffers_at"),
-    *("buffers_of", "note_exchanged", "source_of", "versions"),
-]
-
 PACKED = "it is quantised, and its weight is packed with its bias, which is no tensor"
 REGISTERED = "it is a layer by register_layer, and which weights it uses is not known"
 

@@ -27,11 +27,6 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame
 
-__all__ = [
-    *("is_norm", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "role_of"),
-    "verdict",
-]
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TORCHS = "torch.nn.modules."
 

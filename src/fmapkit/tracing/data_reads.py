@@ -28,8 +28,6 @@ from fmapkit.tracing.input_reads import (
 )
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["DataReads"]
-
 # torch's own code that reads a number to compare it with a size, and raises if they differ.
 _CHECKS_OF_SIZES = {
     id(nn.RNNBase.get_expected_hidden_size.__code__),

@@ -15,8 +15,6 @@ from torch import nn
 from fmapkit.provenance import NOWHERE, ChannelLayout
 from fmapkit.storage import MapRecord, StoredTensor
 
-__all__ = ["Event", "FusedCall", "HookPoint", "HookPoints"]
-
 
 class Event:
     """Something that ran and has maps: a nonlinearity, a layer, an output, or attention.

@@ -19,11 +19,6 @@ from fmapkit.provenance import ChannelLayout, Label, Linearity, Pointwise
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = [
-    *("Frame", "SigmaCall", "EditSite", "call_frame", "first_tensor", "on_stack", "running_module"),
-    "running_modules",
-]
-
 # Of a tensor that edits are asked for: the module's name, "input" or "output", which call of it,
 # and the path; and where its filters lie, whether another tensor went on in its place, and how many
 # decisions had been taken by then.

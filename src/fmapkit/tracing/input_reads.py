@@ -24,8 +24,6 @@ from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.frames import Frame
 
-__all__ = ["InputRead", "MadeTensors", "is_cheap", "read", "sizes_are_data", "sizes_given"]
-
 # Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
     """all any sum mean amax amin max min prod count_nonzero argmax argmin norm

@@ -27,8 +27,6 @@ from fmapkit.torchlib.sharded import is_dtensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["LabelTable"]
-
 
 class LabelTable:
     """The tags of one pass; they keep no tensor alive."""

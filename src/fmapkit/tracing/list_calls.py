@@ -26,8 +26,6 @@ from fmapkit.provenance import (
 from fmapkit.reasons import Reason
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["step"]
-
 
 def step(
     trace: PassTrace, whole: FunctionCall, goes_on: Callable[[FunctionCall, Lookup], None]

@@ -37,8 +37,6 @@ from fmapkit.tracing.layer_calls import LayerCalls
 from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["ModuleCalls"]
-
 # Arguments of these classes alone are the same tensors as long as the call is under way.
 _FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
 

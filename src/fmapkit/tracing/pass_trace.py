@@ -24,8 +24,6 @@ from fmapkit.tracing.frames import Frame, Place, Placed, first_tensor, running_m
 from fmapkit.tracing.input_reads import InputRead
 from fmapkit.tracing.record import Record
 
-__all__ = ["HIDDEN", "PassTrace"]
-
 HIDDEN = (
     "it reached {!r}, which may be one nonlinearity or layer itself: it was called on its own, so "
     "far only as a part of another module, and is seen as a whole from the next pass on"

@@ -72,9 +72,6 @@ from fmapkit.tracing.pass_trace import PassTrace
 from fmapkit.tracing.record import Record
 from fmapkit.tracing.sigma_calls import SigmaCalls
 
-__all__ = ["Tracer"]
-
-
 # Classes of tensors that have no `__torch_function__` of their own.
 _TORCHS = frozenset({Tensor, nn.Parameter})
 
