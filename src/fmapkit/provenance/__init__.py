@@ -20,6 +20,7 @@ from fmapkit.provenance.conditional_sigma import chooses_unseen as chooses_unsee
 from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_sigma
 from fmapkit.provenance.constants import Constants as Constants
 from fmapkit.provenance.function_call import FunctionCall as FunctionCall
+from fmapkit.provenance.function_call import argument as argument
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
 from fmapkit.provenance.functions import beside_numbers as beside_numbers
@@ -64,7 +65,6 @@ from fmapkit.provenance.propagate import past_sigma as past_sigma
 from fmapkit.provenance.propagate import sigma_axes as sigma_axes
 from fmapkit.provenance.quantized import packed_axes as packed_axes
 from fmapkit.provenance.quantized import packed_key as packed_key
-from fmapkit.provenance.rule_basics import argument as argument
 from fmapkit.provenance.vocabulary import MATMULS as MATMULS
 from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
 from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance.rule_basics import argument
-
 
 @dataclass(slots=True)
 class FunctionCall:
@@ -25,3 +23,11 @@ class FunctionCall:
     def argument(self, place: int, *names: str) -> Any:
         """An argument, by one of its names or by its place; None where it is not given."""
         return argument(self.args, self.kwargs, place, *names)
+
+
+def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """The same of a call that has not run."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[place] if len(args) > place else None

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fmapkit import nonlinearities
 from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
+from fmapkit.provenance.function_call import argument
 from fmapkit.provenance.layer_ops import weighs
 from fmapkit.provenance.lists import on_lists
 from fmapkit.provenance.quantized import is_fused, is_weighted
-from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.vocabulary import (
     ADDING_WRITES,
     DATA_TO_PYTHON,

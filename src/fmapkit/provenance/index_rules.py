@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import Rule, aligned, argument, lost_if_none
+from fmapkit.provenance.rule_basics import aligned, lost_if_none
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
 
 
-def getitem(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def getitem(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Some places of a tensor, by an index."""
     axes = flow.axes
     if axes is not None:
-        axes = _indexed(axes, _numbered(args[1], x, out), x.dim())
-    if axes is None or not axes.fit(out.shape):
+        axes = _indexed(axes, _numbered(call.args[1], x, call.out), x.dim())
+    if axes is None or not axes.fit(call.out.shape):
         return STOP
     return ChannelLabel(flow.origin, axes)
 
@@ -138,49 +139,43 @@ def _rank(item: Any) -> int:
     return 1 if item.dtype == torch.bool else item.dim()
 
 
-def write(name: str) -> Rule:
+def write(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """What the target carried, or where it carried nothing, what is written into it.
 
     A sum belongs to its first operand, the target. Where layers write into memory that had no
     filters, each its own rows, the whole is no one layer's.
     """
-    place = 2 if name in ("__setitem__", "index_put", "masked_scatter") else 3
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        target = argument(args, kwargs, 0, "input", "self")
-        source = argument(args, kwargs, place, "source", "src", "values", "value", "tensor")
-        own, new = flow_of(tag, target), flow_of(tag, source)
-        if own is None:
-            if new is None:
-                return STOP
-            found = _into(name, new, source, target, args, kwargs)
-            return ChannelLabel(found.origin, found.axes, gathered=True)
-        if new is None or new.origin.kind == "none":
-            return own
-        if new.origin.name == own.origin.name:
-            if own.gathered and _into(name, new, source, target, args, kwargs).axes != own.axes:
-                return ChannelLabel(own.origin, gathered=True)  # other filters of the same layer
-            return own
-        adds = name in ADDING_WRITES
-        if name == "index_put":
-            adds = bool(argument(args, kwargs, 3, "accumulate"))
-        if adds and not own.gathered:
-            return own
-        return ChannelLabel(NOWHERE, own.axes, gathered=True)
-
-    return rule
+    place = 2 if call.name in ("__setitem__", "index_put", "masked_scatter") else 3
+    target = call.argument(0, "input", "self")
+    source = call.argument(place, "source", "src", "values", "value", "tensor")
+    own, new = flow_of(tag, target), flow_of(tag, source)
+    if own is None:
+        if new is None:
+            return STOP
+        found = _into(call, new, source, target)
+        return ChannelLabel(found.origin, found.axes, gathered=True)
+    if new is None or new.origin.kind == "none":
+        return own
+    if new.origin.name == own.origin.name:
+        if own.gathered and _into(call, new, source, target).axes != own.axes:
+            return ChannelLabel(own.origin, gathered=True)  # other filters of the same layer
+        return own
+    adds = call.name in ADDING_WRITES
+    if call.name == "index_put":
+        adds = bool(call.argument(3, "accumulate"))
+    if adds and not own.gathered:
+        return own
+    return ChannelLabel(NOWHERE, own.axes, gathered=True)
 
 
-def _into(
-    name: str, flow: ChannelLabel, source: Tensor, target: Tensor, args: Any, kwargs: Any
-) -> ChannelLabel:
+def _into(call: FunctionCall, flow: ChannelLabel, source: Tensor, target: Tensor) -> ChannelLabel:
     """Filters that are written into a tensor that had none: they lie there as they lay."""
     if flow.axes is None:
         return STOP
-    if name in ("__setitem__", "index_put"):
-        index = args[1] if len(args) > 1 else kwargs.get("indices")
+    if call.name in ("__setitem__", "index_put"):
+        index = call.args[1] if len(call.args) > 1 else call.kwargs.get("indices")
         return lost_if_none(flow, _put(flow.axes, source, index, tuple(target.shape)))
-    dim = argument(args, kwargs, 1, "dim")
+    dim = call.argument(1, "dim")
     if isinstance(dim, int) and any(p.dim == dim % source.dim() for p in flow.axes.parts):
         return STOP
     return aligned(flow, source, target) if source.dim() <= target.dim() else STOP

@@ -10,29 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import Rule, kept_beside
+from fmapkit.provenance.rule_basics import kept_beside
 from fmapkit.provenance.vocabulary import BIAS_FIRST
-from fmapkit.torchlib.nested import tensors_in
 
 
-def product(name: str) -> Rule:
-    """The matrix product of this name."""
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        operands = tensors_in(*args, kwargs)
-        first = flow_of(tag, operands[0])
-        if name in BIAS_FIRST and first is not None and operands[0].shape == out.shape:
-            return first
-        a, b = operands[-2:]
-        if name == "__rmatmul__":
-            a, b = b, a
-        left = _unsummed(flow_of(tag, a), a, -1, b.dim() == 1, out)
-        right = _unsummed(flow_of(tag, b), b, -2, a.dim() == 1, out)
-        return STOP if left and right else left or right or STOP
-
-    return rule
+def product(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    """A matrix product."""
+    out, operands = call.out, call.operands
+    first = flow_of(tag, operands[0])
+    if call.name in BIAS_FIRST and first is not None and operands[0].shape == out.shape:
+        return first
+    a, b = operands[-2:]
+    if call.name == "__rmatmul__":
+        a, b = b, a
+    left = _unsummed(flow_of(tag, a), a, -1, b.dim() == 1, out)
+    right = _unsummed(flow_of(tag, b), b, -2, a.dim() == 1, out)
+    return STOP if left and right else left or right or STOP
 
 
 def _unsummed(
@@ -59,14 +55,13 @@ def _unsummed(
     return ChannelLabel(flow.origin, ChannelLayout(tuple(parts), flow.axes.offset))
 
 
-def einsum(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def einsum(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """The same, by the letters; factors that are multiplied place by place are the first one's."""
-    operands = tensors_in(*args[1:])
-    terms, right = einsum_terms(args)
-    if len(terms) != len(operands):
+    terms, right = einsum_terms(call.args)
+    if len(terms) != len(call.operands):
         return STOP
     found: list[tuple[str, ChannelLabel]] = []
-    for term, operand in zip(terms, operands, strict=True):
+    for term, operand in zip(terms, call.operands, strict=True):
         own = flow_of(tag, operand)
         if own is None or own.axes is None or not own.axes.parts:
             continue
@@ -91,7 +86,7 @@ def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str]:
     return left.split(","), right
 
 
-def segments(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def segments(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Runs of rows are summed; filters that lie along another axis stay."""
-    axis = kwargs.get("axis", 0) % x.dim()
-    return kept_beside([axis], flow, x, args, kwargs, out, tag)
+    axis = call.kwargs.get("axis", 0) % x.dim()
+    return kept_beside([axis], flow, x, call, tag)

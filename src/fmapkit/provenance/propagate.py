@@ -40,7 +40,6 @@ from fmapkit.provenance.vocabulary import (
     SPATIAL,
     WRITES,
 )
-from fmapkit.torchlib.nested import tensors_in
 
 # Their results are numbers, or as good as new.
 _NO_CHANGE = METADATA | FRESH
@@ -58,58 +57,56 @@ def carried(call: FunctionCall, tag: Lookup) -> Any:
     Returns:
         For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
     """
-    name, args, kwargs, out = call.name, call.args, call.kwargs, call.out
-    operands = call.operands
+    name, operands = call.name, call.operands
     if name in _NO_CHANGE:
         return None
     if name in PICKS:
         source, others = operands[:1], operands[1:]
         if others and not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
-            return _picked_by_data(name, args, kwargs, out, source[0], tag)
+            return _picked_by_data(call, source[0], tag)
         operands = source
-    weights: list[tuple[Tensor, ParamLabel]] = []
+    weight: tuple[Tensor, ParamLabel] | None = None
     for x in operands:
         flow = tag(x)
         if isinstance(flow, ChannelLabel):
             break
-        if flow is not None:
-            weights.append((x, flow))
+        if weight is None and flow is not None:
+            weight = x, flow
     else:
-        return _of_weights(name, args, kwargs, out, weights) if weights else None
+        return None if weight is None else _of_weights(call, *weight)
     rule = _rule(name)
     if rule is None:
-        return each(out, lambda _: STOP)
+        return each(call.out, lambda _: STOP)
     if flow.axes is None and name not in _CHOOSE_OPERAND:
         kept = ChannelLabel(flow.origin) if flow.gathered else flow
-        return each(out, lambda _: kept)
-    return rule(flow, x, args, kwargs, out, tag)
+        return each(call.out, lambda _: kept)
+    return rule(flow, x, call, tag)
 
 
 @cache
 def _rule(name: str) -> Rule | None:
     """The rule of a function; None where there is none."""
-    found = SPATIAL.fullmatch(name)
-    if found is not None and name not in RULES:
-        return spatial(found.group("axes"), pads="pad" in name)
-    return RULES.get(name)
+    return RULES.get(name) or (spatial if SPATIAL.fullmatch(name) else None)
 
 
-def _of_weights(
-    name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, ParamLabel]]
-) -> Any:
-    """What a function of parameters alone returns: a weight, its axes followed like filters."""
-    x, weight = weights[0]
-    rule = _rule(name)
+def _of_weights(call: FunctionCall, x: Tensor, weight: ParamLabel) -> Any:
+    """What a function of parameters alone returns: a weight, its axes followed like filters.
+
+    Args:
+        x: the first of them.
+        weight: what that is.
+    """
+    rule, out = _rule(call.name), call.out
 
     def followed(axes: ChannelLayout | None) -> Any:
         if axes is None or rule is None:
             return None
         flow = ChannelLabel(NOWHERE, axes)
-        return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
+        return rule(flow, x, call, lambda t: flow if t is x else None)
 
     found = [followed(axes) for axes in (*weight.axes, weight.values)]
     shape = tuple(weight.parameter.shape)
-    by_value = weight.by_value or (name in PICKS and any(map(is_number, tensors_in(*args, kwargs))))
+    by_value = weight.by_value or (call.name in PICKS and any(map(is_number, call.operands)))
 
     def one(place: int | None) -> ParamLabel:
         of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
@@ -123,17 +120,15 @@ def _of_weights(
     return each(out, lambda _: one(None))
 
 
-def _picked_by_data(
-    name: str, args: Any, kwargs: Any, out: Any, source: Tensor, tag: Lookup
-) -> Any:
+def _picked_by_data(call: FunctionCall, source: Tensor, tag: Lookup) -> Any:
     """What data has picked: rows of a table are data themselves, one of many weights is a weight.
 
     Weights are stacked along the first axis of a parameter that has an axis more than they have.
     """
-    weight = tag(source)
+    weight, out = tag(source), call.out
     if isinstance(weight, ParamLabel) and isinstance(out, Tensor) and out.dim() >= 2:
         shape = weight.parameter.shape
-        found = _of_weights(name, args, kwargs, out, [(source, weight)])
+        found = _of_weights(call, source, weight)
         stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, ParamLabel)
         if stacked and len(found.axes) == len(shape) and None not in found.axes[1:]:
             return found

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.torchlib.nested import tensors_in
 
-# Given the flow of the first operand that has one, that operand, the call's arguments, its result
-# and what any tensor carries.
-Rule = Callable[[ChannelLabel, Tensor, Any, Any, Any, Lookup], Any]
+# Given the flow of the first operand that has one, that operand, the call, and what any tensor
+# carries.
+Rule = Callable[[ChannelLabel, Tensor, FunctionCall, Lookup], Any]
 
 
 def each(out: Any, make: Callable[[Tensor], Label]) -> Any:
@@ -31,36 +32,35 @@ def lost_if_none(flow: ChannelLabel, axes: ChannelLayout | None) -> ChannelLabel
     return ChannelLabel(flow.origin, axes) if axes is not None else STOP
 
 
-def pointwise(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def pointwise(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
-    if isinstance(out, Tensor) and x.shape == out.shape:
-        return aligned(flow, x, out)
+    if isinstance(call.out, Tensor) and x.shape == call.out.shape:
+        return aligned(flow, x, call.out)
 
     def one(result: Tensor) -> ChannelLabel:
-        operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
+        operands = [o for o in call.operands if flow_of(tag, o)]
         full = [o for o in operands if o.shape == result.shape] or operands
         return aligned(flow_of(tag, full[0]) or STOP, full[0], result)
 
-    return each(out, one)
+    return each(call.out, one)
 
 
-def where(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def where(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """The values go on, not the condition, unless that alone depends on the data."""
-    operands = tensors_in(*args, kwargs)
-    condition = next((o for o in operands if o.dtype == torch.bool), None)
-    values = [o for o in operands if o is not condition and flow_of(tag, o)]
+    condition = next((o for o in call.operands if o.dtype == torch.bool), None)
+    values = [o for o in call.operands if o is not condition and flow_of(tag, o)]
     if not values:
-        return pointwise(flow, x, args, kwargs, out, tag)
+        return pointwise(flow, x, call, tag)
     x = values[0]
-    return choice(flow_of(tag, x) or STOP, x, values, {}, out, tag)
+    return choice(flow_of(tag, x) or STOP, x, replace(call, operands=values), tag)
 
 
-def choice(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def choice(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Each element is that of one operand: a larger one, or one by a condition; or of each half."""
-    found = pointwise(flow, x, args, kwargs, out, tag)
+    found = pointwise(flow, x, call, tag)
     if not isinstance(found, ChannelLabel):
         return found
-    full = [value for value in tensors_in(*args, kwargs) if value.shape == out.shape]
+    full = [value for value in call.operands if value.shape == call.out.shape]
     return of_one_layer(found, full, tag, same_axes=False)
 
 
@@ -96,33 +96,15 @@ def aligned(flow: ChannelLabel, x: Tensor, result: Tensor) -> ChannelLabel:
     return flow if axes is flow.axes and not flow.gathered else ChannelLabel(flow.origin, axes)
 
 
-def same_filters(
-    flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
-) -> Any:
+def same_filters(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
-    if isinstance(out, Tensor):
-        return aligned(flow, x, out) if out.dim() == x.dim() else STOP
-    return each(out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+    return each(call.out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
 
 
 def kept_beside(
-    dims: Container[int],
-    flow: ChannelLabel,
-    x: Tensor,
-    args: Any,
-    kwargs: Any,
-    out: Any,
-    tag: Lookup,
+    dims: Container[int], flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup
 ) -> Any:
     """Filters that lie along one of the axes mix; else they stay."""
     if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
-        return each(out, lambda _: STOP)
-    return same_filters(flow, x, args, kwargs, out, tag)
-
-
-def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
-    """An argument of a call, by one of its names or by its place; None where it is not given."""
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    return args[place] if len(args) > place else None
+        return each(call.out, lambda _: STOP)
+    return same_filters(flow, x, call, tag)

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit.errors import is_int
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.index_rules import getitem, write
 from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.product_rules import einsum, product, segments
 from fmapkit.provenance.rule_basics import (
     Rule,
     aligned,
-    argument,
     choice,
     each,
     kept_beside,
@@ -40,33 +41,30 @@ from fmapkit.provenance.vocabulary import (
     PRODUCTS,
     REDUCTIONS,
     RESHAPES,
+    SPATIAL,
     WRITES,
     words,
 )
 from fmapkit.torchlib.nested import tensors_in
 
 
-def spatial(axes: str | None, pads: bool) -> Rule:
+def spatial(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        touched = int(axes) if axes is not None else max(x.dim() - 2, 0)
-        dims = set(range(x.dim() - touched, x.dim()))
-        padding = argument(args, kwargs, 1, "pad") if pads else None
-        if padding is not None:
-            dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
-        return kept_beside(dims, flow, x, args, kwargs, out, tag)
-
-    return rule
+    found = SPATIAL.fullmatch(call.name)
+    axes = found.group("axes") if found is not None else None
+    touched = int(axes) if axes is not None else max(x.dim() - 2, 0)
+    dims = set(range(x.dim() - touched, x.dim()))
+    padding = call.argument(1, "pad") if "pad" in call.name else None
+    if padding is not None:
+        dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
+    return kept_beside(dims, flow, x, call, tag)
 
 
-def _reshape(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _reshape(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     axes, shape = flow.axes, tuple(x.shape)
-
-    def one(o: Tensor) -> ChannelLabel:
-        return lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
-
-    return one(out) if isinstance(out, Tensor) else each(out, one)
+    return each(
+        call.out, lambda o: lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+    )
 
 
 def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int]:
@@ -96,95 +94,76 @@ def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int]:
     return order
 
 
-def _permute(name: str) -> Rule:
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        assert flow.axes is not None
-        order = _order(name, x.dim(), args, kwargs)
-        return ChannelLabel(flow.origin, flow.axes.permute(order))
-
-    return rule
+def _permute(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    assert flow.axes is not None
+    order = _order(call.name, x.dim(), call.args, call.kwargs)
+    return ChannelLabel(flow.origin, flow.axes.permute(order))
 
 
-def _reduce(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    dims = argument(args, kwargs, 1, "dim", "axis")
+def _reduce(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    dims = call.argument(1, "dim", "axis")
     if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
-        return choice(flow, x, args, kwargs, out, tag)
-    if isinstance(dims, int) and not isinstance(dims, bool):
+        return choice(flow, x, call, tag)
+    if is_int(dims):
         dims = [dims]
     if not isinstance(dims, (tuple, list)) or not dims:
-        return each(out, lambda _: STOP)
+        return each(call.out, lambda _: STOP)
     reduced = [int(d) % x.dim() for d in dims]
     axes = flow.axes
     if axes is None or any(p.dim in reduced and p.size > 1 for p in axes.parts):
-        return each(out, lambda _: STOP)
+        return each(call.out, lambda _: STOP)
 
-    def one(o: Tensor) -> ChannelLabel:
-        return (
-            ChannelLabel(flow.origin, axes)
-            if o.dim() == x.dim()
-            else lost_if_none(flow, axes.remove(reduced))
-        )
-
-    return each(out, one)
+    less = axes.remove(reduced)
+    return each(call.out, lambda o: lost_if_none(flow, axes if o.dim() == x.dim() else less))
 
 
-def _cut(name: str) -> Rule:
+def _cut(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """chunk, split and unbind: the parts in order; narrow and select: one of them."""
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        axes = flow.axes
-        assert axes is not None
-        place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
-        default = {"vsplit": 0, "dsplit": 2, "hsplit": 1 if x.dim() > 1 else 0}.get(name, 0)
-        dim = argument(args, kwargs, place, "dim", "axis")
-        dim = (default if dim is None else int(dim)) % x.dim()
-        if name == "select":
-            index = int(argument(args, kwargs, 2, "index"))
-            return ChannelLabel(flow.origin, axes.select(dim, index % x.shape[dim]))
-        if name == "narrow":
-            start = int(argument(args, kwargs, 2, "start"))
-            return ChannelLabel(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
-        if name == "unbind":
-            return [ChannelLabel(flow.origin, axes.select(dim, i)) for i in range(len(out))]
-        flows, start = [], 0
-        for piece in out:
-            flows.append(ChannelLabel(flow.origin, axes.slice(dim, start, piece.shape[dim])))
-            start += piece.shape[dim]
-        return flows
-
-    return rule
+    name, out, axes = call.name, call.out, flow.axes
+    assert axes is not None
+    place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
+    default = {"vsplit": 0, "dsplit": 2, "hsplit": 1 if x.dim() > 1 else 0}.get(name, 0)
+    dim = call.argument(place, "dim", "axis")
+    dim = (default if dim is None else int(dim)) % x.dim()
+    if name == "select":
+        index = int(call.argument(2, "index"))
+        return ChannelLabel(flow.origin, axes.select(dim, index % x.shape[dim]))
+    if name == "narrow":
+        start = int(call.argument(2, "start"))
+        return ChannelLabel(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
+    if name == "unbind":
+        return [ChannelLabel(flow.origin, axes.select(dim, i)) for i in range(len(out))]
+    flows, start = [], 0
+    for piece in out:
+        flows.append(ChannelLabel(flow.origin, axes.slice(dim, start, piece.shape[dim])))
+        start += piece.shape[dim]
+    return flows
 
 
-def _expand(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    return each(out, lambda o: aligned(flow, x, o))
+def _expand(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    return each(call.out, lambda o: aligned(flow, x, o))
 
 
-def _along(name: str) -> Rule:
+def _along(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Functions that change the order within the axes they name: filters stay if not among them."""
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        place = 2 if name in ("roll", "take_along_dim") else 1
-        dims = argument(args, kwargs, place, "dims", "dim")
-        dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
-        touched = {int(d) % x.dim() for d in dims}
-        return kept_beside(touched, flow, x, args, kwargs, out, tag)
-
-    return rule
+    dims = call.argument(2 if call.name in ("roll", "take_along_dim") else 1, "dims", "dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
+    return kept_beside({int(d) % x.dim() for d in dims}, flow, x, call, tag)
 
 
-def _cat(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _cat(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Along another axis the first operand's filters go on; along the filter axis they mix.
 
     But not where the pieces of one layer's filters are put together again as they were.
     """
-    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+    dim = int(call.argument(1, "dim", "axis") or 0) % call.out.dim()
     axes = flow.axes
-    pieces = tensors_in(args[0] if args else kwargs)
+    pieces = tensors_in(call.args[0] if call.args else call.kwargs)
     if axes is None or len(pieces) == 1:
         return ChannelLabel(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
         return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
-    return of_one_layer(aligned(flow, x, out), pieces, tag, same_axes=True)
+    return of_one_layer(aligned(flow, x, call.out), pieces, tag, same_axes=True)
 
 
 def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
@@ -203,81 +182,69 @@ def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
     return ChannelLabel(first.origin, first.axes.slice(dim, 0, size))
 
 
-def _fft(name: str) -> Rule:
+def _fft(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Fourier transforms mix along the axes they name, by default the last one, two or all."""
-
-    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        dims = argument(args, kwargs, 2, "dim")
-        if dims is None and name == "fftn":
-            sizes = argument(args, kwargs, 1, "s")
-            dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
-        elif dims is None:
-            dims = (-1,) if name == "fft" else (-2, -1)
-        touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
-        return kept_beside(touched, flow, x, args, kwargs, out, tag)
-
-    return rule
+    dims = call.argument(2, "dim")
+    if dims is None and call.name.endswith("n"):
+        sizes = call.argument(1, "s")
+        dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
+    elif dims is None:
+        dims = (-2, -1) if call.name.endswith("2") else (-1,)
+    touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+    return kept_beside(touched, flow, x, call, tag)
 
 
-def _stack(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+def _stack(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    dim = int(call.argument(1, "dim", "axis") or 0) % call.out.dim()
     if flow.axes is None:
         return STOP
-    pieces = tensors_in(args[0] if args else kwargs)
+    pieces = tensors_in(call.args[0] if call.args else call.kwargs)
     joined = ChannelLabel(flow.origin, flow.axes.insert(dim))
     return of_one_layer(joined, pieces, tag, same_axes=True)
 
 
-def _copy(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    source = argument(args, kwargs, 1, "src", "source")
+def _copy(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+    source = call.argument(1, "src", "source")
     found = flow_of(tag, source)
-    return aligned(found, source, args[0]) if found is not None else None
+    return aligned(found, source, call.args[0]) if found is not None else None
 
 
-def _pairs(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _pairs(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     """Complex numbers as pairs of real ones, and back: an axis at the end comes or goes."""
     axes = flow.axes
-    return STOP if axes is None or any(p.dim >= out.dim() for p in axes.parts) else flow
+    return STOP if axes is None or any(p.dim >= call.out.dim() for p in axes.parts) else flow
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE, pointwise),
     **dict.fromkeys(KEEP_SHAPE | frozenset(NORM_AXIS), same_filters),
     **dict.fromkeys(RESHAPES, _reshape),
-    **{
-        name: _permute(name)
-        for name in words(
+    **dict.fromkeys(
+        words(
             """transpose swapaxes swapdims permute t __get__.T __get__.mT __get__.H __get__.mH
             adjoint movedim moveaxis"""
-        )
-    },
+        ),
+        _permute,
+    ),
     **dict.fromkeys(REDUCTIONS, _reduce),
-    **{
-        name: _cut(name)
-        for name in words(
+    **dict.fromkeys(
+        words(
             """chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow
             select hsplit vsplit dsplit"""
-        )
-    },
+        ),
+        _cut,
+    ),
     **dict.fromkeys(words("expand expand_as broadcast_to repeat tile repeat_interleave"), _expand),
-    "roll": _along("roll"),
-    "flip": _along("flip"),
+    **dict.fromkeys(words("roll flip index_select gather take_along_dim cumsum cumprod"), _along),
     **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
     "stack": _stack,
     "__getitem__": getitem,
-    "index_select": _along("index_select"),
-    "gather": _along("gather"),
-    "take_along_dim": _along("take_along_dim"),
-    **{
-        f"fft_{kind}fft{n}": _fft(f"fft{n}")
-        for kind in ("", "i", "r", "ir", "h", "ih")
-        for n in ("", "2", "n")
-    },
-    "cumsum": _along("cumsum"),
-    "cumprod": _along("cumprod"),
-    **{name: write(name) for name in WRITES},
+    **dict.fromkeys(
+        [f"fft_{k}fft{n}" for k in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")], _fft
+    ),
+    **dict.fromkeys(WRITES, write),
     "copy": _copy,
-    **{name: product(name) for name in MATMULS - {GROUPED, "addbmm"}},
+    **dict.fromkeys(MATMULS - {GROUPED, "addbmm"}, product),
     "einsum": einsum,
     "segment_reduce": segments,
     "where": where,
