@@ -6,13 +6,15 @@ propagate          propagate.py  one call of torch: which rule, and what its res
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
   rules            rules.py, index_rules.py, product_rules.py
     ChannelLayout  layout.py             filters along axes, through reshapes and slices
-  lists            lists.py              a call on lists of tensors, as calls on one each
   sometimes        conditional_sigma.py  it is σ in some of its calls
 weights            weights.py            from which rows of which parameter a map came
 """
 
-from fmapkit.provenance.attention_math import given as given
-from fmapkit.provenance.attention_math import probabilities as probabilities
+from fmapkit.provenance.attention import Heads as Heads
+from fmapkit.provenance.attention import Projection as Projection
+from fmapkit.provenance.attention import given as given
+from fmapkit.provenance.attention import probabilities as probabilities
+from fmapkit.provenance.attention import projection as projection
 from fmapkit.provenance.conditional_sigma import FOLLOWED as FOLLOWED
 from fmapkit.provenance.conditional_sigma import SOMETIMES as SOMETIMES
 from fmapkit.provenance.conditional_sigma import Pointwise as Pointwise
@@ -21,6 +23,7 @@ from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_
 from fmapkit.provenance.constants import Constants as Constants
 from fmapkit.provenance.function_call import FunctionCall as FunctionCall
 from fmapkit.provenance.function_call import argument as argument
+from fmapkit.provenance.functions import ON_LISTS as ON_LISTS
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
 from fmapkit.provenance.functions import beside_numbers as beside_numbers
@@ -29,9 +32,6 @@ from fmapkit.provenance.functions import describe as describe
 from fmapkit.provenance.functions import described as described
 from fmapkit.provenance.functions import out_of_place as out_of_place
 from fmapkit.provenance.functions import target_of as target_of
-from fmapkit.provenance.heads import Heads as Heads
-from fmapkit.provenance.heads import Projection as Projection
-from fmapkit.provenance.heads import projection as projection
 from fmapkit.provenance.labels import NOWHERE as NOWHERE
 from fmapkit.provenance.labels import STOP as STOP
 from fmapkit.provenance.labels import Carried as Carried
@@ -50,6 +50,8 @@ from fmapkit.provenance.layer_ops import bias_operand as bias_operand
 from fmapkit.provenance.layer_ops import filter_places as filter_places
 from fmapkit.provenance.layer_ops import input_place as input_place
 from fmapkit.provenance.layer_ops import layer_axes as layer_axes
+from fmapkit.provenance.layer_ops import packed_axes as packed_axes
+from fmapkit.provenance.layer_ops import packed_key as packed_key
 from fmapkit.provenance.layer_ops import pads_first as pads_first
 from fmapkit.provenance.layer_ops import picked as picked
 from fmapkit.provenance.layer_ops import weighs as weighs
@@ -57,14 +59,10 @@ from fmapkit.provenance.layer_ops import weight_operand as weight_operand
 from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
 from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
 from fmapkit.provenance.linearity import Linearity as Linearity
-from fmapkit.provenance.lists import each_call as each_call
-from fmapkit.provenance.lists import seen_by_each as seen_by_each
 from fmapkit.provenance.product_rules import einsum_terms as einsum_terms
 from fmapkit.provenance.propagate import carried as carried
 from fmapkit.provenance.propagate import past_sigma as past_sigma
 from fmapkit.provenance.propagate import sigma_axes as sigma_axes
-from fmapkit.provenance.quantized import packed_axes as packed_axes
-from fmapkit.provenance.quantized import packed_key as packed_key
 from fmapkit.provenance.vocabulary import MATMULS as MATMULS
 from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
 from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE

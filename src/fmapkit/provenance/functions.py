@@ -15,9 +15,7 @@ from torch import Tensor
 from fmapkit import nonlinearities
 from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
 from fmapkit.provenance.function_call import argument
-from fmapkit.provenance.layer_ops import weighs
-from fmapkit.provenance.lists import on_lists
-from fmapkit.provenance.quantized import is_fused, is_weighted
+from fmapkit.provenance.layer_ops import is_fused, is_weighted, weighs
 from fmapkit.provenance.vocabulary import (
     ADDING_WRITES,
     DATA_TO_PYTHON,
@@ -100,6 +98,8 @@ class Function:
         return len(args) > self.inplace_at and bool(args[self.inplace_at])
 
 
+# What the name of a function on lists of tensors begins with.
+ON_LISTS = "_foreach_"
 # Hand the memory to code that torch does not see: it may be written to from there.
 _ESCAPES = {"numpy", "__array__", "__dlpack__", "untyped_storage"}
 # Gives a tensor other memory: what was held of it as the same tensor is no longer that.
@@ -189,7 +189,7 @@ def _describe(function: Any) -> Function:
         weighs=weighs(name),
         followed=name in FOLLOWED,
         fresh=name in FRESH,
-        on_lists=on_lists(name),
+        on_lists=name.startswith(ON_LISTS),
         mutates=mutates,
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fmapkit.layers import layer_axis
 from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Label, Lookup, ParamLabel
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
@@ -17,6 +20,11 @@ from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
+# Operators whose weights are packed into objects that are no tensors: such a layer goes by the
+# module that runs, or by the place where that module keeps the object.
+_QUANTIZED = ("quantized", "_quantized", "onednn", "sparse")
+_PACKED = re.compile(r"(q?linear|conv(_transpose)?(?P<axes>[123])d)(_dynamic)?(_fp16)?")
+_WITH_SIGMA = re.compile(r".*_(relu|leaky_relu|tanh)(_dynamic)?(_fp16)?(_out|_output_fp32)?")
 
 
 @cache
@@ -210,3 +218,41 @@ def _einsum_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
     own = [i for i in term if i in right and i not in others]
     stack = list(itertools.takewhile(lambda i: i in right and i in others, term))
     return [(right.index(i), term.index(i)) for i in (*stack, *own)] if own else []
+
+
+# -- torch's quantised operators ------------------------------------------------------------------
+
+
+def _quantized_name(function: Any) -> str | None:
+    packet = getattr(function, "overloadpacket", function)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    space, _, name = packet._qualified_op_name.partition("::")
+    return name if space in _QUANTIZED else None
+
+
+def is_weighted(function: Any) -> bool:
+    """Whether a torch function is a quantised layer, and nothing else."""
+    name = _quantized_name(function)
+    return name is not None and _PACKED.fullmatch(name) is not None
+
+
+def is_fused(function: Any) -> bool:
+    """Whether a torch function is a quantised one with a nonlinearity inside."""
+    name = _quantized_name(function)
+    return name is not None and "_cell_" not in name and _WITH_SIGMA.fullmatch(name) is not None
+
+
+def packed_axes(function: Any, out: Tensor) -> ChannelLayout | None:
+    """The filter axis of what a quantised layer returns."""
+    found = _PACKED.fullmatch(_quantized_name(function) or "")
+    spatial = int(found.group("axes") or 0) if found is not None else 0
+    dim = out.dim() - 1 - spatial
+    return ChannelLayout.single(dim, out.shape[dim]) if dim >= 0 else None
+
+
+def packed_key(module: nn.Module, weight: Any) -> str | None:
+    """Where the running module keeps a packed weight; "" if it is that layer; None if nowhere."""
+    if layer_axis(module) is not None:
+        return ""
+    return next((key for key, value in vars(module).items() if value is weight), None)

@@ -1,30 +1,39 @@
-"""A function on lists of tensors in a traced pass: what it makes of each, and what is not captured.
+"""torch's functions on lists of tensors in a traced pass: as many calls of one on one tensor.
 
-Labels go on as if the function on one tensor had been called for each. Where that would have been a
-nonlinearity or a layer, there is no call that a tap could read, and `missed` says so.
+torch names each after that function (`torch._foreach_mul_` is `mul_` of each), and derives its
+gradient from it by that name. Labels go on as if that function had been called for each. Where that
+would have been a nonlinearity or a layer, there is no call that a tap could read, and `missed` says
+so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fmapkit.provenance import (
+    ON_LISTS,
     SOMETIMES,
     STOP,
+    ChannelLabel,
     FunctionCall,
+    Label,
     Lookup,
     describe,
-    each_call,
     operand_of_sigma,
     past_sigma,
-    seen_by_each,
     weighs,
     weight_operand,
 )
 from fmapkit.reasons import Reason
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.pass_trace import PassTrace
+
+# Of one tensor and a number, these go by other names.
+_WITH_NUMBER = {"maximum": "clamp_min", "minimum": "clamp_max"}
 
 
 def step(
@@ -37,8 +46,8 @@ def step(
         whole: its call.
         goes_on: labels what a call that makes no map has returned.
     """
-    calls = each_call(whole)
-    tag = seen_by_each(whole, trace.labels.of)
+    calls = _each_call(whole)
+    tag = _seen_by_each(whole, trace.labels.of)
     for call in calls:
         z = _operand(trace, call, tag)
         if z is not None:
@@ -80,3 +89,53 @@ def _name(trace: PassTrace, whole: FunctionCall, call: FunctionCall) -> None:
     function = f"torch.{getattr(whole.function, '__name__', whole.name)}"
     text = Reason.ON_LISTS.text(function=function, name=call.name)
     trace.miss_of_part(trace.names.of(trace.frames[-1].module), text)
+
+
+def _each_call(call: FunctionCall) -> list[FunctionCall]:
+    """The calls that a call on lists stands for: the i-th has what lies at i in each list.
+
+    What is no list goes to each of them, and what such a function has written to in place is what
+    it has returned.
+    """
+    given = (*call.args, *call.kwargs.values())
+    lists = [value for value in given if _is_list(value)]
+    out = call.out
+    if not isinstance(out, (tuple, list)):  # it has written to its operands, or to what `out` is
+        out = call.kwargs.get("out", call.kwargs.get("self", lists[0] if lists else ()))
+    name = call.name.removeprefix(ON_LISTS)
+    calls = []
+    for i, result in enumerate(out):
+        args = [_at(value, i) for value in call.args]
+        kwargs = {key: _at(value, i) for key, value in call.kwargs.items()}
+        operands = tensors_in(*args, {k: v for k, v in kwargs.items() if k != "out"})
+        if len(operands) == 1:
+            name = _WITH_NUMBER.get(name, name)
+        function = getattr(torch, name, call.function)
+        calls.append(FunctionCall(name, function, args, kwargs, result, operands))
+    return calls
+
+
+def _seen_by_each(call: FunctionCall, tag: Lookup) -> Lookup:
+    """What tensors carry, as each of the calls is to see it that a call on lists stands for.
+
+    Of a tensor that has a number for each of them, none of them gets an axis.
+    """
+    given = (*call.args, *call.kwargs.values())
+    numbers = [value for value in given if isinstance(value, Tensor) and value.dim()]
+    if not numbers:
+        return tag
+
+    def seen(value: Any) -> Label:
+        found = tag(value)
+        shared = isinstance(found, ChannelLabel) and any(value is n for n in numbers)
+        return STOP if shared else found
+
+    return seen
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _at(value: Sequence[Any] | Any, place: int) -> Any:
+    return value[place] if _is_list(value) else value
