@@ -156,34 +156,24 @@ class Pointwise:
             return bool(value == 0)
 
 
-def operand_of_sigma(
-    name: str,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    tag: Lookup,
-    inside: Pointwise,
-    written: Any = None,
-) -> Tensor | None:
+def operand_of_sigma(call: FunctionCall, tag: Lookup, inside: Pointwise) -> Tensor | None:
     """What a call receives as a nonlinearity: z; None if it is none.
 
     Args:
-        name: of the function, one of `SOMETIMES`.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        call: of one of `SOMETIMES`; what it has written to is its result, None before it runs.
         tag: what a tensor carries.
         inside: what the running module has computed.
-        written: the tensor that the call has written to; None before it runs.
     """
-    given = {k: v for k, v in kwargs.items() if k != "out"}
-    operands = tensors_in(*args, given)
+    name = call.name
+    operands = tensors_in(*call.args, {k: v for k, v in call.kwargs.items() if k != "out"})
     flows = [t for t in operands if isinstance(tag(t), ChannelLabel)]
     if not flows or any(map(unholdable, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
-        values = [inside.value(t, written=t is written) for t in flows]
+        values = [inside.value(t, written=t is call.out) for t in flows]
         z = _compared(name, flows, values)
     elif name in _BOUNDED:
-        z = _bounded(name, args, kwargs, flows, inside)
+        z = _bounded(call, flows, inside)
     elif name in _EXTREMES:
         z = _extreme(operands, flows[0], tag, inside)
     else:
@@ -195,9 +185,7 @@ def operand_of_sigma(
     return z if all(_fits(t, z) for t in operands) else None
 
 
-def chooses_unseen(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
-) -> ChannelLabel | None:
+def chooses_unseen(call: FunctionCall, tag: Lookup, inside: Pointwise) -> ChannelLabel | None:
     """What a call carries that is a nonlinearity of a value which it is not given itself.
 
     As in `torch.where(z > 0, 2 * z, 3 * z)`. The arguments are those of `operand_of_sigma`.
@@ -205,11 +193,11 @@ def chooses_unseen(
     Returns:
         None where it is none, or no filters of a layer reach it.
     """
-    flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), ChannelLabel)]
+    name, flows = call.name, [t for t in call.operands if isinstance(tag(t), ChannelLabel)]
     carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
     if name not in _CHOICES or not carried:
         return None
-    if name == "where" and len(args) + len(kwargs) < 3:  # places, and no choice
+    if name == "where" and len(call.args) + len(call.kwargs) < 3:  # places, and no choice
         return None
     values = list(map(inside.value, flows))
     if not any(v.mask and v.zero for v in values) or (
@@ -229,17 +217,14 @@ def _compared(name: str, flows: list[Tensor], values: list[_Value]) -> Tensor | 
     return None
 
 
-def _bounded(
-    name: str, args: Any, kwargs: dict[str, Any], flows: list[Tensor], inside: Pointwise
-) -> Tensor | None:
+def _bounded(call: FunctionCall, flows: list[Tensor], inside: Pointwise) -> Tensor | None:
     """The operand of `clamp`, if a bound of it is zero."""
     if len(flows) > 1:
         return None
     places = [(1, "min"), (2, "max")]
-    if name in ("clamp_min", "clamp_max"):
-        places = [(1, name.removeprefix("clamp_"))]
-    bounds = [kwargs.get(key, args[at] if len(args) > at else None) for at, key in places]
-    return flows[0] if any(map(inside.is_zero, bounds)) else None
+    if call.name in ("clamp_min", "clamp_max"):
+        places = [(1, call.name.removeprefix("clamp_"))]
+    return flows[0] if any(inside.is_zero(call.argument(*place)) for place in places) else None
 
 
 def _extreme(operands: list[Tensor], z: Tensor, tag: Lookup, inside: Pointwise) -> Tensor | None:

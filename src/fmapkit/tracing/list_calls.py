@@ -61,7 +61,8 @@ def step(
             trace.labels.put(call.out, STOP)
         else:
             goes_on(call, tag)
-            if _reduces(call):  # to one number, whatever the rule of its name takes the rest for
+            # To one number, whatever the rule of its name takes the rest for.
+            if call.out.dim() < max(operand.dim() for operand in call.operands):
                 trace.labels.put(call.out, STOP)
             trace.follow(call)
 
@@ -73,13 +74,7 @@ def _operand(trace: PassTrace, call: FunctionCall, tag: Lookup) -> Tensor | None
     frame = trace.frames[-1]
     if call.name not in SOMETIMES or frame.kind == "sigma":
         return None
-    given = call.name, call.args, call.kwargs, tag, frame.pointwise
-    return operand_of_sigma(*given, written=call.out)
-
-
-def _reduces(call: FunctionCall) -> bool:
-    axes: int = call.out.dim()
-    return axes < max(operand.dim() for operand in call.operands)
+    return operand_of_sigma(call, tag, frame.pointwise)
 
 
 def _name(trace: PassTrace, whole: FunctionCall, call: FunctionCall) -> None:

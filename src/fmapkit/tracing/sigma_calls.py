@@ -45,7 +45,8 @@ class SigmaCalls:
             return SigmaCall(func, args, kwargs, known.sigma, z, trace.labels.of(z))
         if known.name not in SOMETIMES or trace.frames[-1].kind == "sigma":
             return None
-        asked = known.name, args, kwargs, trace.labels.of, trace.frames[-1].pointwise
+        given = FunctionCall(known.name, func, args, kwargs, None, tensors_in(*args, kwargs))
+        asked = given, trace.labels.of, trace.frames[-1].pointwise
         found = operand_of_sigma(*asked)
         if found is None:
             unseen = chooses_unseen(*asked)
@@ -55,7 +56,7 @@ class SigmaCalls:
                 )
             return None
         call = SigmaCall(func, args, kwargs, known.name, found, trace.labels.of(found))
-        call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
+        call.place = next(i for i, t in enumerate(given.operands) if t is found)
         return call
 
     def before(self, known: Function, call: SigmaCall, watched: bool) -> None:
