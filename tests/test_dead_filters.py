@@ -444,7 +444,7 @@ def test_states_that_do_not_fit() -> None:
 def test_the_picture() -> None:
     """Each filter's states by hand: 0 fired, 1 silent, 2 dead, an input a column."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    from fmapkit.analysis.dead_plot import states
+    from fmapkit.analysis.drawn import states
 
     dead = DeadFilters(after=2)
     for n in range(6):

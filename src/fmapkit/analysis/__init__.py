@@ -2,10 +2,10 @@
 
     analysis.update(fm)          dead.py, statistics.py, top/, similarity/   one map, as it is made
       -> ByLayer, Groups           _by_layer.py, _keys.py    whose sums the map goes to
-      -> Mergeable                 _mergeable.py             of several runs, of all ranks
+      -> Mergeable                 _by_layer.py              of several runs, of all ranks
       -> sums                      _moments.py, top/strongest.py, similarity/pairs.py
-    analysis["conv1"], a table   summary.py, firings.py, top/layer_tops.py
-    analysis.plot(), a page      dead_plot.py, similarity/plot.py, page_sections.py
+    analysis["conv1"], a table   summary.py, top/layer_tops.py
+    analysis.plot(), a page      drawn.py
 
 Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one: see `Analysis`.
 """
@@ -17,10 +17,9 @@ from fmapkit.session import Analysis
 
 if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters
-    from fmapkit.analysis.firings import LayerFirings
     from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
-    from fmapkit.analysis.summary import LayerStatistics
+    from fmapkit.analysis.summary import LayerFirings, LayerStatistics
     from fmapkit.analysis.top import Context, Hit, LayerTops, Patch, TopInputs
 
 __all__ = [
@@ -40,10 +39,9 @@ __all__ = [
 # Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
 _HOMES = {
     "dead": "DeadFilters",
-    "firings": "LayerFirings",
     "similarity": "Similarity",
     "statistics": "Statistics",
-    "summary": "LayerStatistics",
+    "summary": "LayerFirings LayerStatistics",
     "top": "Context Hit LayerTops Patch TopInputs",
 }
 

@@ -17,7 +17,7 @@ from fmapkit.analysis._by_layer import ByLayer, Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis.firings import HEADS, LayerFirings, row
+from fmapkit.analysis.summary import FIRINGS_HEADS, LayerFirings, firings_row
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, check_positive, listed
 from fmapkit.tables import Table
 
@@ -187,17 +187,17 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         return self._table().text()
 
     def _table(self) -> Table:
-        rows = [row(s) for s in self]
+        rows = [firings_row(s) for s in self]
         if not rows:
-            return Table(HEADS, [], (), "DeadFilters: no activation seen yet")
+            return Table(FIRINGS_HEADS, [], (), "DeadFilters: no activation seen yet")
         dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
         missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
-        return Table(HEADS, rows, range(3, len(HEADS)), last)
+        return Table(FIRINGS_HEADS, rows, range(3, len(FIRINGS_HEADS)), last)
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: when each filter fired."""
-        from fmapkit.analysis.page_sections import firings_section
+        from fmapkit.analysis.drawn import firings_section
 
         return [firings_section(s) for s in self]
 
@@ -230,7 +230,7 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
             MapLookupError: `layers` selects none of those seen.
             ArgumentError: a number is not positive.
         """
-        from fmapkit.analysis.dead_plot import plot_firings
+        from fmapkit.analysis.drawn import plot_firings
 
         check_positive(max_filters=max_filters, max_layers=max_layers)
         if not len(self):

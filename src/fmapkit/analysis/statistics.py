@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
-from fmapkit.analysis._by_layer import Tabular
+from fmapkit.analysis._by_layer import Held, Mergeable, Tabular
 from fmapkit.analysis._keys import Filters, Name
-from fmapkit.analysis._mergeable import Held, Mergeable
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
@@ -147,7 +146,7 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: mean, std and histogram of each filter."""
-        from fmapkit.analysis.page_sections import statistics_section
+        from fmapkit.analysis.drawn import statistics_section
 
         return [statistics_section(s) for s in self]
 

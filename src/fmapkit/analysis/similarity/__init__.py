@@ -2,7 +2,7 @@
 
 Similarity.update(fm)     similarity.py -> pairs.Gram    a batch as its Gram matrix
 the pass has ended        pairs.Pairs                    sums for each pair of layers
-Similarity.plot()         plot.py
+Similarity.plot()         analysis/drawn.py
 """
 
 from fmapkit.analysis.similarity.similarity import Similarity

@@ -11,14 +11,17 @@ and Deep Networks Learn the Same Things?", 2021).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fmapkit.analysis._moments import accumulator
-from fmapkit.analysis.similarity.labels import MapTag
+
+if TYPE_CHECKING:
+    from fmapkit.maps import FeatureMap
 
 LEAST = 4  # samples: below that, HSIC₁ is not defined
 _CHUNK = 2**22  # values of a map that are converted to float64 at once
@@ -27,6 +30,53 @@ _CHUNK = 2**22  # values of a map that are converted to float64 at once
 # dissimilarities x and y: how many, and the sums of x, y, x², y² and x·y.
 _HSIC = ("both", "first", "second", "weight")
 _RSA = ("pairs", "x", "y", "xx", "yy", "xy")
+
+
+@dataclass(frozen=True, slots=True)
+class MapTag:
+    """What tells a map from all others of its pass."""
+
+    layer: str
+    path: str
+    kind: str
+    call: int
+    nonlinearity: str
+    filters: tuple[int, ...]  # the first, the last and the number of them; empty without an axis
+
+    @classmethod
+    def of(cls, fm: FeatureMap) -> MapTag:
+        there = fm.filters
+        filters = (there[0], there[-1], len(there)) if there else ()
+        return cls(fm.layer, fm.path, fm.kind, fm.call, fm.nonlinearity or "", filters)
+
+    @property
+    def place(self) -> str:
+        """The layer, and where in its output."""
+        return (self.layer or "(model)") + self.path
+
+    @property
+    def label(self) -> str:
+        """What it is called where nothing is known of other maps."""
+        plain = self.kind in ("activation", "output")
+        return self.place + ("" if plain else f" {self.kind}") + f" #{self.call}" * bool(self.call)
+
+
+def labels(tags: Sequence[MapTag]) -> list[str]:
+    """A label for each, all different: of an activation the layer, of an output where that is free.
+
+    More is said only where it is needed: the call from the second one on, σ, the filters.
+    """
+    activations = {tag.place for tag in tags if tag.kind == "activation"}
+    found: list[str] = []
+    for tag in tags:
+        label = tag.label
+        if tag.kind == "output" and tag.place in activations:
+            label = f"{tag.place} output" + f" #{tag.call}" * bool(tag.call)
+        part = f"{tag.filters[0]} to {tag.filters[1]}" if tag.filters else "the whole"
+        choices = [label, f"{label} ({tag.nonlinearity})", f"{label} ({part})"]
+        choices += [f"{label} ({tag.nonlinearity}, {part}, {n})" for n in range(len(tags))]
+        found.append(next(choice for choice in choices if choice not in found))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

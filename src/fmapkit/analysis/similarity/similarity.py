@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._keys import steps_since
-from fmapkit.analysis.similarity.labels import MapTag, labels
-from fmapkit.analysis.similarity.pairs import LEAST, Gram, Pairs
+from fmapkit.analysis.similarity.pairs import LEAST, Gram, MapTag, Pairs, labels
 from fmapkit.errors import (
     ArgumentError,
     NoPassError,
@@ -350,7 +349,7 @@ class Similarity(Shown):
             NoPassError: no pass has been seen yet.
             ArgumentError: there is no such measure.
         """
-        from fmapkit.analysis.similarity.plot import plot_similarity
+        from fmapkit.analysis.drawn import plot_similarity
 
         check_choice(("cka", "rsa"), measure=measure)
         values = (self.cka if measure == "cka" else self.rsa).numpy()
