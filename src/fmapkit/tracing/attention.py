@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,17 +55,15 @@ FUSED = words(
 _Made = tuple[Projection | None, Projection | None]
 
 
+@dataclass(slots=True, eq=False)
 class _Softmax:
     """The result of a softmax, which may turn out to be attention probabilities."""
 
-    __slots__ = ("axes", "done", "held", "made", "modules")
-
-    def __init__(self, held: StoredTensor, axes: ChannelLayout | None, made: _Made) -> None:
-        self.held = held
-        self.axes = axes  # of heads
-        self.made = made  # its queries and keys
-        self.modules: set[nn.Module] = set()  # in which it went on
-        self.done = False
+    held: StoredTensor
+    axes: ChannelLayout | None  # of heads
+    made: _Made  # its queries and keys
+    modules: set[nn.Module]  # in which it went on
+    done: bool = False
 
 
 class AttentionWatch:
@@ -167,10 +166,9 @@ class AttentionWatch:
         made = self._made[flow.origin] if flow is not None else (None, None)
         if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
             made = made[::-1]
-        known = _Softmax(trace.record.aliases.reference(out), heads, made)
-        known.modules.update(f.module for f in trace.frames)
-        origin = Origin("softmax")
-        self._softmaxes[origin] = known
+        origin, running = Origin("softmax"), {f.module for f in trace.frames}
+        held = trace.record.aliases.reference(out)
+        self._softmaxes[origin] = _Softmax(held, heads, made, running)
         axes = ChannelLayout.single(dim % out.dim(), out.shape[dim])
         self._keys[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
 
@@ -228,8 +226,7 @@ class AttentionWatch:
         origin = trace.record.next_call("attention", name, f"{name}@attention")
         if not trace.wants.layer(name):
             return
-        event = Event("attention", scope)
-        event.origin, event.y_held = origin, held
+        event = Event("attention", scope, origin=origin, y_held=held)
         trace.record.hold(event, "y", "attention", origin, held, axes)
         for _, entry in event.entries:
             entry.heads = heads

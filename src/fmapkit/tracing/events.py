@@ -6,20 +6,21 @@ Data, and the order of the moments. Plans are made of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
-from fmapkit.provenance import NOWHERE, ChannelLayout
+from fmapkit.provenance import NOWHERE, ChannelLayout, Origin
 from fmapkit.storage import MapRecord, StoredTensor
 
 
+@dataclass(slots=True, eq=False)
 class Event:
     """Something that ran and has maps: a nonlinearity, a layer, an output, or attention.
 
-    Args:
+    Attributes:
         kind: "sigma", "layer", "output" or "attention".
         scope: the module in whose own forward it ran.
         function: that ran; None for a module's call.
@@ -27,59 +28,41 @@ class Event:
         key: the keyword under which that module got x.
         place: which of a function's tensor arguments x is.
         sigma: of a nonlinearity, its name.
-        passed: x and y, where x is what the running module was given: until its call ends, to see
-            whether that call is this event.
+        x: where it is what the running module was given: until its call ends, to see whether that
+            call is this event.
+        y: likewise, what it gave.
         in_place: it has overwritten x.
         kept: it is in place, and z kept its memory.
-
-    Attributes:
         shared: other maps lie in what it has overwritten, too.
         graph: its result is part of an autograd graph.
         joins: its result may become part of one.
         entries: the maps: ("x" | "y" | path, what is held).
     """
 
-    __slots__ = (
-        *("axes", "entries", "function", "key", "kind", "module", "origin", "place", "scope"),
-        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph", "joins"),
-        *("kept", "shared"),
-    )
+    kind: str
+    scope: nn.Module
+    function: Any = None
+    _: KW_ONLY
+    module: nn.Module | None = None
+    key: str | None = None
+    place: int = 0
+    sigma: str | None = None
+    x: Any = None
+    y: Any = None
+    in_place: bool = False
+    kept: bool = False
+    origin: Origin = NOWHERE
+    axes: ChannelLayout | None = None
+    x_held: StoredTensor | None = None
+    y_held: StoredTensor | None = None
+    shared: bool = False
+    graph: bool = False
+    joins: bool = False
+    firing: HookPoint | None = None
+    entries: list[tuple[str, MapRecord]] = field(init=False)
 
-    def __init__(
-        self,
-        kind: str,
-        scope: nn.Module,
-        function: Any = None,
-        *,
-        module: nn.Module | None = None,
-        key: str | None = None,
-        place: int = 0,
-        sigma: str | None = None,
-        passed: tuple[Any, Any] = (None, None),
-        in_place: bool = False,
-        kept: bool = False,
-    ) -> None:
-        self.kind = kind
-        self.scope = scope
-        self.function = function
-        self.module = module
-        self.key = key
-        self.place = place
-        self.origin = NOWHERE
-        self.sigma = sigma
-        self.axes: ChannelLayout | None = None
-        self.x, self.y = passed
-        self.x_held: StoredTensor | None = None
-        self.y_held: StoredTensor | None = None
-        self.in_place = in_place
-        self.kept = kept
-        self.shared = self.graph = self.joins = False
-        self.firing: HookPoint | None = None
-        self.entries: list[tuple[str, MapRecord]] = []
-
-    def is_call(self, module: nn.Module) -> None:
-        """It turned out to be a module's call."""
-        self.module = module
+    def __post_init__(self) -> None:
+        self.entries = []
 
     def forget(self) -> None:
         """The call that it ran in has ended: it is none, or known to be one."""
@@ -101,25 +84,20 @@ class Event:
         self.forget()
 
 
+@dataclass(slots=True, eq=False)
 class HookPoint:
     """A moment at which a tap would fire: a module's call ends, or a function's."""
 
-    __slots__ = ("events", "function", "module", "parent", "position", "scope", "site")
+    module: nn.Module | None
+    scope: nn.Module
+    function: Any = None
+    parent: nn.Module | None = None  # the module that called the module
+    position: int = 0  # how many decisions of the pass had been taken
+    site: str | None = None  # where in the source the function was called, if that is told
+    events: list[Event] = field(init=False)
 
-    def __init__(
-        self,
-        module: nn.Module | None,
-        scope: nn.Module,
-        function: Any = None,
-        parent: nn.Module | None = None,
-    ) -> None:
-        self.module = module
-        self.scope = scope
-        self.function = function
-        self.parent = parent  # the module that called the module
-        self.position = 0  # how many decisions of the pass had been taken
-        self.site: str | None = None  # where in the source the function was called, if that is told
-        self.events: list[Event] = []
+    def __post_init__(self) -> None:
+        self.events = []
 
 
 @dataclass(frozen=True, slots=True, eq=False)

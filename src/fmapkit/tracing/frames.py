@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,59 +32,49 @@ _METHOD = method_called.__code__
 _NONE: Counter[str] = Counter()
 
 
-# Written out, and no dataclasses: the `__init__` of one is of no file, and a survey of what code
-# runs in a pass (`paths/survey.py`) would take it for the model's.
+# What is a list of its own is made in `__post_init__`: by `default_factory`, the `__init__` of a
+# dataclass has a branch, and is of no file, and a survey of what code runs in a pass
+# (`paths/survey.py`) would take it for the model's.
+@dataclass(slots=True, eq=False)
 class Frame:
     """One running call of a module."""
 
-    __slots__ = (
-        *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "kept", "tag", "a", "watched", "inner", "_pointwise", "ran", "unseen"),
-        *("counts", "firing", "nested", "own", "position", "replaced", "site", "turns", "writes"),
-    )
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    start: int  # how many events there were
+    firing: int  # how many hook points there were
+    writes: int  # how many writes to memory there had been
+    replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+    # The tensors in its arguments as it began, if it might change them.
+    nested: list[weakref.ref[Tensor]] | None = None
+    kind: str = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
+    x: Tensor | None = field(init=False)
+    key: str | None = field(init=False)
+    a: Any = None  # what the σ function inside a registered σ module returned
+    x_held: StoredTensor | None = None
+    degrees: Linearity | None = None  # of a candidate
+    watched: bool = False  # it is in a candidate, or is one
+    in_place: bool = False
+    kept: bool = False  # it left the memory of x as it was
+    tag: Label = None  # what x carries
+    counts: Counter[str] = field(init=False)  # as it began; of a region that is learned
+    position: int = 0  # how many decisions of the pass had been taken
+    own: list[Callable[[], Any]] = field(init=False)  # those that its modules have, of a region
+    # How often each function was given a weight, by the layer that made that.
+    turns: Counter[tuple[str, str | None]] | None = None
+    site: EditSite | None = None  # something to edit
+    _pointwise: Pointwise | None = None
+    ran: bool = False  # the function inside that a registered σ module is
+    inner: tuple[str, Any] | None = None  # another one that got x, and its result
+    # Of a candidate: (layer, reason) of what is missed in it, unless it is one σ as a whole.
+    unseen: list[tuple[str, str]] = field(init=False)
 
-    def __init__(
-        self,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        start: int,
-        firing: int,
-        writes: int,
-        replaced: tuple[Any, Any] | None = None,
-        nested: list[weakref.ref[Tensor]] | None = None,
-    ) -> None:
-        self.module = module
-        self.args = args
-        self.kwargs = kwargs
-        self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
-        self.start = start  # how many events there were
-        self.x: Tensor | None
-        self.key: str | None
+    def __post_init__(self) -> None:
+        args = self.args
         plain = bool(args) and type(args[0]) is Tensor
-        self.x, self.key = (args[0], None) if plain else first_tensor(args, kwargs)
-        self.a: Any = None  # what the σ function inside a registered σ module returned
-        self.x_held: StoredTensor | None = None
-        self.degrees: Linearity | None = None  # of a candidate
-        self.watched = False  # it is in a candidate, or is one
-        self.in_place = False
-        self.kept = False  # it left the memory of x as it was
-        self.tag: Label = None  # what x carries
-        self.counts = _NONE  # as it began; of a region that is learned
-        self.firing = firing  # how many hook points there were
-        self.position = 0  # how many decisions of the pass had been taken
-        self.writes = writes  # how many writes to memory there had been
-        self.nested = nested  # the tensors in its arguments as it began, if it might change them
-        self.own: list[Callable[[], Any]] = []  # those that its modules have, of a region
-        # How often each function was given a weight, by the layer that made that.
-        self.turns: Counter[tuple[str, str | None]] | None = None
-        self.site: EditSite | None = None  # something to edit
-        self.replaced = replaced  # the arguments that it is to get instead
-        self._pointwise: Pointwise | None = None
-        self.ran = False  # the function inside that a registered σ module is
-        self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
-        # Of a candidate: (layer, reason) of what is missed in it, unless it is one σ as a whole.
-        self.unseen: list[tuple[str, str]] = []
+        self.x, self.key = (args[0], None) if plain else first_tensor(args, self.kwargs)
+        self.counts, self.own, self.unseen = _NONE, [], []
 
     @property
     def pointwise(self) -> Pointwise:
@@ -103,7 +94,7 @@ class Frame:
         """What an event is to know that has run in the call: x and y, where x came in."""
         if x is None or x is not self.x:
             return {}
-        return {"passed": (x, y), "key": self.key}
+        return {"x": x, "y": y, "key": self.key}
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""
@@ -112,32 +103,29 @@ class Frame:
         self.x = x
 
 
+@dataclass(slots=True, eq=False)
 class SigmaCall:
     """A nonlinearity about to run."""
 
-    __slots__ = (
-        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "place", "sigma"),
-        *("site", "tag", "unheld", "z"),
-    )
+    function: Any
+    args: Any
+    kwargs: Any
+    sigma: str
+    z: Tensor
+    tag: Label
+    place: int = 0  # which of the tensor arguments z is
+    original: Any = field(init=False)
+    unheld: str | None = None  # why z cannot be held
+    held: StoredTensor | None = None
+    in_place: bool = False
+    kept: bool = False  # σ leaves the memory of z as it was
+    site: EditSite | None = None  # something to edit
 
-    def __init__(
-        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Label
-    ) -> None:
-        self.sigma = sigma
-        self.place = 0  # which of the tensor arguments z is
-        self.unheld: str | None = None  # why z cannot be held
-        self.function = function
-        self.original = function
-        self.args = args
-        self.kwargs = kwargs
-        self.z = z
-        self.tag = tag
-        self.held: StoredTensor | None = None
-        self.in_place = False
-        self.kept = False  # σ leaves the memory of z as it was
-        self.site: EditSite | None = None  # something to edit
+    def __post_init__(self) -> None:
+        self.original = self.function
 
 
+@dataclass(slots=True, eq=False)
 class EditSite:
     """A nonlinearity with something to edit, while it runs.
 
@@ -150,20 +138,15 @@ class EditSite:
         base: memory that the model will read the result from, where that is not the result's own.
     """
 
-    __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
-
-    def __init__(
-        self, name: str, call: int, sigma: str, axes: ChannelLayout | None, z: Tensor
-    ) -> None:
-        self.name = name
-        self.call = call
-        self.sigma = sigma
-        self.axes = axes
-        self.z = z
-        self.z_edited: StoredTensor | None = None
-        self.a_edited: StoredTensor | None = None
-        self.base: Tensor | None = None
-        self.version = 0
+    name: str
+    call: int
+    sigma: str
+    axes: ChannelLayout | None
+    z: Tensor
+    z_edited: StoredTensor | None = None
+    a_edited: StoredTensor | None = None
+    base: Tensor | None = None
+    version: int = 0
 
 
 def first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:

@@ -170,7 +170,7 @@ class ModuleCalls:
             whole = event.y is not None and event.x is frame.x and event.y is output
             whole = whole and not event.in_place
             if whole and (event.y_held is None or event.y_held is record.aliases.reference(output)):
-                event.is_call(frame.module)
+                event.module = frame.module
                 record.firings.refire(event)
             event.forget()
         return None

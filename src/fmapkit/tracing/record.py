@@ -185,9 +185,8 @@ class Record:
         """A module has returned what is wanted as its output: an event; None if it has none."""
         if self.wants.filters is not None and not self.wants.kind("output"):
             self.miss(name, Reason.FILTERS_OF_OUTPUT.text())
-        event = Event("output", module, module=module)
         origin = self.next_call("output", name, f"{name}()")
-        event.origin = origin
+        event = Event("output", module, module=module, origin=origin)
         found = leaves(output)
         closed = closed_parts(output)
         for path, part in closed:

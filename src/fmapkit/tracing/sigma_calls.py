@@ -55,9 +55,8 @@ class SigmaCalls:
                     unseen.origin.name, Reason.COMPARED_BY_HAND.text(function=known.name)
                 )
             return None
-        call = SigmaCall(func, args, kwargs, known.name, found, trace.labels.of(found))
-        call.place = next(i for i, t in enumerate(given.operands) if t is found)
-        return call
+        place = next(i for i, t in enumerate(given.operands) if t is found)
+        return SigmaCall(func, args, kwargs, known.name, found, trace.labels.of(found), place)
 
     def before(self, known: Function, call: SigmaCall, watched: bool) -> None:
         """A nonlinearity is about to run: hold its operand, and say what is to run.
