@@ -92,14 +92,7 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
-    """The name of σ if a call of a module is one nonlinearity.
-
-    Args:
-        frame: the call.
-        output: what it returned.
-        events: of the pass.
-        aliases: what is held of its tensors.
-    """
+    """The name of σ if a call of a module is one nonlinearity, given the events of the pass."""
     if not isinstance(output, Tensor) or frame.x is None:
         return None
     if frame.kind == "sigma":

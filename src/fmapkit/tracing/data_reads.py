@@ -55,11 +55,7 @@ class DataReads:
         """Note where a function has to be seen in every pass: by its result, or by whom it runs.
 
         Args:
-            known: what it is.
-            func: it.
             types: classes of its arguments that have a `__torch_function__` of their own.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
             asking: the frame that calls it.
 
         Returns:
@@ -84,11 +80,7 @@ class DataReads:
         return read
 
     def whether_zero(self, asked: list[Tensor]) -> None:
-        """Note that some numbers, if they are zero, make a function a nonlinearity.
-
-        Args:
-            asked: tensors of one number; none is left in the list.
-        """
+        """Note that numbers make a function a nonlinearity if they are zero; empties the list."""
         trace = self._trace
         for number in asked:
             if not self._constants.hold((number,)):
@@ -102,11 +94,7 @@ class DataReads:
         asked.clear()
 
     def enter(self, given: list[Tensor]) -> None:
-        """A module's call begins, in a region that is recorded.
-
-        Args:
-            given: all tensors in its arguments.
-        """
+        """In a region that is recorded, a module's call begins that is given all these tensors."""
         self._made.enter(given)
 
     def after(self, known: Function, call: FunctionCall) -> None:
@@ -117,12 +105,7 @@ class DataReads:
 
 
 def _decides_nothing(name: str, asking: types.FrameType) -> bool:
-    """Whether what a function reads is only kept, or decides no more than whether to raise.
-
-    Args:
-        name: of the function that reads.
-        asking: the frame that calls it.
-    """
+    """Whether what a function reads is only kept, or decides no more than whether to raise."""
     if sys.version_info < (3, 11):  # bytecode does not tell what is handled, nor where it stands
         return False
     if id(asking.f_code) in _CHECKS_OF_SIZES:
@@ -136,10 +119,6 @@ def _picked_in_c(name: str, asking: types.FrameType) -> bool:
     """Whether `max` or its like asks, to give one thing or another: no path tells which.
 
     It asks for the truth of tensors itself, or for keys, by a function made where it is called.
-
-    Args:
-        name: of the function that reads.
-        asking: the frame that calls it.
     """
     if name == "__bool__" and _runs_picking(asking):
         return True

@@ -116,13 +116,7 @@ class InputRead:
 
 
 def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
-    """What a form gives.
-
-    Args:
-        form: of an `InputRead`.
-        tensors: all that the call is given.
-        numbers: the whole numbers in the form.
-    """
+    """What the form of an `InputRead` gives, of a call's tensors and its whole numbers in order."""
     kind = type(form)
     if kind is _Input:
         return tensors[form.place]
@@ -162,11 +156,7 @@ class _NotOfInputsError(Exception):
 
 
 class MadeTensors:
-    """The tensors of a pass that were made by cheap functions.
-
-    Args:
-        aliases: count writes to memory.
-    """
+    """The tensors of a pass that were made by cheap functions."""
 
     def __init__(self, aliases: Aliases) -> None:
         self._aliases = aliases
@@ -194,17 +184,9 @@ class MadeTensors:
     def of_inputs(
         self, known: Function, function: Any, args: Any, kwargs: Any, frame: Frame
     ) -> InputRead | None:
-        """What is about to be read, as a function of what a running call was given, and has.
+        """What a function is about to read, as one of what a running call was given, and has.
 
-        Args:
-            known: what the function is that reads it.
-            function: it.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            frame: of the call.
-
-        Returns:
-            None if it is neither truth nor whole, or comes from elsewhere, too, or from far away.
+        None if it is neither truth nor whole, or comes from elsewhere, too, or from far away.
         """
         whole = True
         if sizes_are_data(known.name):
@@ -348,11 +330,6 @@ def _places_of(given: list[Tensor | None], own: list[Any], written: set[int]) ->
 
     One that is given twice has no place: the next call may be given two. Nor has one if another of
     its kind, that is given, was written to: in the next call, the two may share memory.
-
-    Args:
-        given: those tensors.
-        own: those of the module that is called.
-        written: the storages that the call has written to.
     """
     tensors = [*given, *own]
     rewritten = [t for t in given if written and t is not None and storage_of(t) in written]

@@ -81,12 +81,7 @@ class LabelTable:
     def others_changed(
         self, seen: dict[int, tuple[weakref.ref[Tensor], Label]], known: Collection[int]
     ) -> bool:
-        """Whether a tensor carries something else than it did.
-
-        Args:
-            seen: what there was.
-            known: ids of tensors that may.
-        """
+        """Whether a tensor, but those known by id, carries something else than was seen."""
         for key, (ref, tag) in seen.items():
             now = self._known.get(key)
             if now is not None and key not in known and not is_same(now[1], tag):
@@ -97,11 +92,8 @@ class LabelTable:
     def written(self, target: Tensor, before: Label) -> None:
         """Into a tensor other filters were written than it had: its memory may be others', too.
 
-        A view has rows of several layers then, or other filters of its own layer.
-
-        Args:
-            target: that was written to, and has its new label.
-            before: what it carried.
+        A view has rows of several layers then, or other filters of its own layer. The tensor has
+        its new label already.
         """
         now = self.of(target)
         if not isinstance(now, ChannelLabel) or is_same(now, before):
@@ -157,12 +149,9 @@ def _reach(tensor: Tensor) -> tuple[int, int]:
 
 
 def _local_axes(axes: ChannelLayout | None, before: Tensor, after: Tensor) -> ChannelLayout | None:
-    """The filters of a tensor that has been redistributed.
+    """The filters of a tensor, along `axes` of `before`, that has been redistributed.
 
-    Args:
-        axes: of `before`.
-        before: as it was.
-        after: the same tensor in another layout, or this rank's part of it.
+    It is the same tensor in another layout, or this rank's part of it.
     """
     if axes is None or before.shape == after.shape:
         return axes

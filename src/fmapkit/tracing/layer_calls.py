@@ -120,19 +120,11 @@ class LayerCalls:
         made: Made,
         computed: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """A layer has run: hold its maps.
+        """A layer has run: hold its maps; what it is to return.
 
         Args:
-            event: made for it.
-            name: its label.
-            x: its input, if it has one.
-            out: what it returned.
-            axes: of its filters.
-            made: what it made them of.
+            made: what it made its filters of.
             computed: what of that is nowhere afterwards.
-
-        Returns:
-            What it is to return.
         """
         trace, editor = self._trace, self._editor
         origin = trace.record.layer(event, name, out, axes)

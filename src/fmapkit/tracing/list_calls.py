@@ -39,13 +39,7 @@ _WITH_NUMBER = {"maximum": "clamp_min", "minimum": "clamp_max"}
 def step(
     trace: PassTrace, whole: FunctionCall, goes_on: Callable[[FunctionCall, Lookup], None]
 ) -> None:
-    """A function on lists of tensors has run.
-
-    Args:
-        trace: of the pass.
-        whole: its call.
-        goes_on: labels what a call that makes no map has returned.
-    """
+    """A function on lists has run; `goes_on` labels what a call that makes no map has returned."""
     calls = _each_call(whole)
     tag = _seen_by_each(whole, trace.labels.of)
     for call in calls:

@@ -111,15 +111,7 @@ class ModuleCalls:
     # -- a call ends --------------------------------------------------------------------------
 
     def leave(self, frame: Frame, output: Any) -> Any:
-        """A module's forward has ended.
-
-        Args:
-            frame: of the call, which is under way no more.
-            output: what it returns.
-
-        Returns:
-            What it is to return, if something was edited; None for its own.
-        """
+        """A forward has ended: what it is to return if something was edited; None for its own."""
         trace, module, replaced = self._trace, frame.module, None
         with self._looking():
             parent = trace.frames[-1].module if trace.frames else None

@@ -28,13 +28,7 @@ from fmapkit.tracing.pass_trace import PassTrace
 
 
 class PlacedEdits:
-    """Carries out the edits of inputs and outputs of one pass.
-
-    Args:
-        names: of the model's modules.
-        edits: to be carried out.
-        current: the pass.
-    """
+    """Carries out the edits of inputs and outputs of one pass."""
 
     def __init__(self, names: Names, edits: RequestedEdits, current: Pass) -> None:
         self._names = names
@@ -49,14 +43,7 @@ class PlacedEdits:
     def _goes_on(
         self, place: Place, axes: ChannelLayout | None, tensor: Tensor, new: Tensor | None
     ) -> None:
-        """Note what went on in the place of a tensor: None if it did itself.
-
-        Args:
-            place: of it.
-            axes: as `_axes` has told.
-            tensor: it.
-            new: what went on.
-        """
+        """Note what went on in the place of a tensor: None if it did itself."""
         raise NotImplementedError
 
     def name_of(self, module: nn.Module) -> str | None:
@@ -82,11 +69,7 @@ class PlacedEdits:
         return (given["args"], given["kwargs"]) if changed else None
 
     def output(self, module: nn.Module, output: Any) -> tuple[Any, dict[str, Tensor]]:
-        """A module has run.
-
-        Returns:
-            What it is to return, and what went on in the place of tensors, by their paths.
-        """
+        """A module has run: what it is to return, and what went on in it, by path."""
         name = self.name_of(module)
         if name is None or not self._edits.of(name, "output"):
             return output, {}
@@ -108,9 +91,7 @@ class PlacedEdits:
         """What is to go on, by path, where that is another tensor.
 
         Args:
-            name: of the module.
             kind: "input" or "output".
-            found: its tensors, by path.
             usual: the one that an edit without a path means, if that is clear.
             axis: of filters, where what a tensor carries does not tell.
         """

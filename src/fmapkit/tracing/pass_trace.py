@@ -36,13 +36,7 @@ Call = tuple[nn.Module, Any, Any]
 class PassTrace:
     """Where a traced pass is, and what was noted of it.
 
-    Args:
-        names: of the model's modules.
-        record: what ran, and the maps held of it.
-
     Attributes:
-        wants: which maps are to be held.
-        labels: what the tensors carry.
         frames: the modules that are running, outermost first.
         learning: > 0 while a region is recorded: then every module has hooks.
         asked: truths that were read of what it was given, in order, and what they were.
@@ -192,9 +186,7 @@ class PassTrace:
     def past_hooks(self, at: FrameType | None, entered: nn.Module | None = None) -> None:
         """Name the modules that run without their hooks, where that keeps something from us.
 
-        Args:
-            at: the innermost frame of Python's that may be theirs.
-            entered: a module whose call has just begun.
+        They are looked for from a frame on, or around a module whose call has just begun.
         """
         for module, method in self.names.past_hooks.running(at, entered):
             name = self.names.by_module.get(module)
@@ -247,13 +239,8 @@ def _bare_calls(hooked: set[nn.Module]) -> list[Call]:
 
     Past a region: a traced module calls what hooks of ours would tell of as its part only. From the
     next pass on, such modules have hooks. In this one, Python's stack tells that they run, and what
-    they call is seen; but not when they began, nor so what they are as a whole.
-
-    Args:
-        hooked: the modules whose calls hooks have told of. Those of another capture tell it alone.
-
-    Returns:
-        The module of each, and its arguments.
+    they call is seen; but not when they began, nor so what they are as a whole. The hooks of
+    another capture tell that capture alone.
     """
     found: list[Call] = []
     at = sys._getframe(2)

@@ -25,14 +25,6 @@ from fmapkit.tracing.label_table import LabelTable
 class Record:
     """The events of one pass.
 
-    Args:
-        wants: of the capture: which maps are to be held.
-        current: the pass, which gets their entries.
-        labels: what its tensors carry.
-        aliases: what is held of its tensors.
-        stop: to tell of each map; None if the pass is to run to its end.
-        miss: names what cannot be captured.
-
     Attributes:
         graph: its maps are to be part of the autograd graph.
         counts: how many calls there were of each layer, by its label.
@@ -92,13 +84,9 @@ class Record:
         """One nonlinearity has run: name its layer, hold its pair.
 
         Args:
-            event: made for it.
             flow: what z carries.
-            z_held: what is held of z.
             z: what came in, which may have been overwritten.
-            a: what it gave.
             own: its own name, where no layer stands behind it.
-            edited: what was edited of it.
         """
         origin = flow.origin
         if origin.kind == "none":
@@ -138,11 +126,8 @@ class Record:
         """Hold a layer's maps.
 
         Args:
-            event: of the layer.
-            x: its input, if it has one.
-            out: what it returned.
-            edited: what goes on in the place of that.
-            was: the input before it was edited; None where it was not.
+            edited: what goes on in the place of what it returned.
+            was: its input before it was edited; None where it was not.
         """
         origin, axes, kinds = event.origin, event.axes, self.wants.kinds
         if x is not None and "input" in kinds:

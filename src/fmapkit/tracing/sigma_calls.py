@@ -62,11 +62,7 @@ class SigmaCalls:
         """A nonlinearity is about to run: hold its operand, and say what is to run.
 
         In place, z keeps its memory where it can (see `torchlib/in_place.py`); else it is copied.
-
-        Args:
-            known: what it is.
-            call: of it.
-            watched: somebody else sees what runs: that is to be what the model has it.
+        Where somebody else watches, what runs is to be what the model has it.
         """
         trace, aliases = self._trace, self._trace.record.aliases
         frame, z = trace.frames[-1], call.z

@@ -79,15 +79,8 @@ _TORCHS = frozenset({Tensor, nn.Parameter})
 class Tracer(ObserverMode):
     """Sees one pass; see the module's docstring.
 
-    Args:
-        trace: of the pass.
-        edits: to be carried out in it; None for none.
-
     Attributes:
-        trace: of the pass.
-        editor: of the pass; None where nothing is to be edited.
-        layers: the calls of layers in it.
-        reads: where it lets data decide.
+        editor: None where nothing is to be edited.
         failed: a fault of our own, after which nothing is captured.
         lost: the pass has left the known paths.
         broken: the region after whose exception no more was captured.
@@ -125,17 +118,7 @@ class Tracer(ObserverMode):
         miss: Callable[[str, str], None],
         labels: LabelTable | None = None,
     ) -> Tracer:
-        """A tracer of an eager pass.
-
-        Args:
-            names: of the model's modules.
-            wants: which maps are to be held.
-            edits: to be carried out.
-            stop: to tell of each map; None if the pass is to run to its end.
-            current: the pass, which gets the maps.
-            miss: names what cannot be captured.
-            labels: what its tensors carry, if anything is known of that.
-        """
+        """A tracer of an eager pass; after compiled code, its tensors carry `labels` already."""
         labels = LabelTable(names) if labels is None else labels
         aliases = Aliases(wants.detach, wants.gradients, labels.lent)
         record = Record(wants, current, labels, aliases, stop, miss)
@@ -165,8 +148,7 @@ class Tracer(ObserverMode):
     def give_up(self, broken: nn.Module | None = None) -> None:
         """What the tensors of the pass carry is not known any more: no more of it is captured.
 
-        Args:
-            broken: a region whose call an exception has ended; its caller may handle that.
+        It may be for a region whose call an exception has ended; its caller may handle that.
         """
         self.lost = True
         self.broken = broken
@@ -235,15 +217,7 @@ class Tracer(ObserverMode):
     def _before(
         self, known: Function, func: Any, args: Any, kwargs: dict[str, Any], watched: bool
     ) -> SigmaCall | None:
-        """A function is about to run: what it is as a nonlinearity; None if it is none.
-
-        Args:
-            known: what it is.
-            func: it.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            watched: somebody else sees what runs.
-        """
+        """A function is about to run: what it is as a nonlinearity; None if it is none."""
         sigma = None
         if known.sigma is not None or known.sometimes:
             sigma = self.sigmas.of(known, func, args, kwargs)
@@ -306,13 +280,7 @@ class Tracer(ObserverMode):
         self._carry(call, trace.labels.of, known.in_place and name in RESHAPED_IN_PLACE)
 
     def _carry(self, call: FunctionCall, tag: Lookup, reshaped: bool = False) -> None:
-        """What the operands of a function carry that has run goes on.
-
-        Args:
-            call: of it.
-            tag: what a tensor carries.
-            reshaped: it has given its operand another shape, in place.
-        """
+        """Labels go on through a function; if it has reshaped its operand in place, they stop."""
         name, out, trace = call.name, call.out, self.trace
         if reshaped:  # no rule is told what shape it had
             label = STOP if any(tag(x) is not None for x in call.operands) else None
@@ -343,15 +311,7 @@ class Tracer(ObserverMode):
         return self.modules.enter(module, args, kwargs)
 
     def leave(self, module: nn.Module, output: Any) -> Any:
-        """A module's forward has ended.
-
-        Args:
-            module: the module.
-            output: what it returns.
-
-        Returns:
-            What it is to return, if something was edited; None for its own.
-        """
+        """A forward has ended: what it is to return if something was edited; None for its own."""
         trace = self.trace
         if self.editor and all(f.module is not module for f in trace.frames):
             # An edit of its input has failed, and it has not begun; or nothing is told any more.
@@ -372,13 +332,7 @@ def _is_lazy(kind: type) -> bool:
 
 
 def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
-    """Whether a module written out by hand is one σ, and works in place: a copy of it tells.
-
-    Args:
-        names: of the model's modules.
-        wants: which maps are to be held; of these, none is kept.
-        frame: of the module's call, which is about to begin.
-    """
+    """Whether a module written out by hand is one σ, and works in place: a copy of it tells."""
     module, x = copy.deepcopy(frame.module), frame.x
     for part in module.modules():
         part._forward_hooks.clear()
