@@ -26,12 +26,7 @@ Filters = tuple[int, ...] | None
 
 
 def steps_since(last: int, step: int) -> int:
-    """How many passes have begun since one, up to another; of a new block, all in that.
-
-    Args:
-        last: the step of the one.
-        step: that of the other.
-    """
+    """How many passes have begun since the last one, up to a step; of a new block, all in that."""
     return step - (last if step > last else -1)
 
 

@@ -212,11 +212,7 @@ class Names:
         return found[1] if found is not None and found[0] is parameter else []
 
     def of_its_own(self, weight: Tensor, inner: nn.Module) -> str | None:
-        """The label where a layer module uses a weight of its own, which is what nearly all do.
-
-        Args:
-            inner: the innermost module that runs.
-        """
+        """The label where the innermost module, a layer, uses its own weight, as nearly all do."""
         if inner._parameters.get("weight") is not weight or layers.layer_axis(inner) is None:
             return None
         name = self.by_module.get(inner)
@@ -279,8 +275,7 @@ class Names:
     def place(self, module: nn.Module, again: bool = True) -> str | None:
         """A module's name, or how Python gets at it; None if nothing leads there.
 
-        Args:
-            again: look once more, if it was not there when last looked.
+        `again` looks once more, if it was not there when last looked.
         """
         name = self.by_module.get(module)
         if name is None:

@@ -52,9 +52,8 @@ class PastHooks:
     ) -> Sequence[tuple[nn.Module, str]]:
         """Those inside the innermost call that torch knows of, each with the method.
 
-        Args:
-            at: where to begin, and to go outwards: a frame of Python's.
-            entered: a module whose call has just begun: what is meant is what called it.
+        They are looked for from a frame outwards; of a module whose call has just begun, from what
+        called it.
         """
         if entered is not None:
             while at is not None and at.f_code is not _WRAPPED:

@@ -41,11 +41,7 @@ class Found:
 
 
 class UnregisteredLayers:
-    """What can be reached from a model's modules, and is not among them.
-
-    Args:
-        walk: gives the registered modules, with their names.
-    """
+    """What can be reached from a model's modules, which `walk` gives, and is not among them."""
 
     def __init__(self, walk: Callable[[], Iterable[tuple[str, nn.Module]]]) -> None:
         self._walk = walk

@@ -97,12 +97,7 @@ class Pointwise:
         self.asked: list[Tensor] = []
 
     def value(self, tensor: Tensor, written: int = 0) -> _Value:
-        """What is known of a tensor.
-
-        Args:
-            tensor: the tensor.
-            written: how often it was written to since its value was.
-        """
+        """What is known of a tensor that was `written` to so often since its value was."""
         found = self._known.get(id(tensor))
         if found is not None and found[0]() is tensor:
             if found[1] + written == version_of(tensor):
@@ -138,9 +133,7 @@ class Pointwise:
     def is_zero(self, value: Any, else_: bool = False) -> bool:
         """Whether a number is zero, or a tensor nothing but zeros; no device is waited for.
 
-        Args:
-            value: the number or tensor.
-            else_: the answer for a single number on another device.
+        `else_` is the answer for a single number on another device.
         """
         if not isinstance(value, Tensor):
             return isinstance(value, (int, float)) and value == 0
@@ -157,12 +150,9 @@ class Pointwise:
 
 
 def operand_of_sigma(call: FunctionCall, tag: Lookup, inside: Pointwise) -> Tensor | None:
-    """What a call receives as a nonlinearity: z; None if it is none.
+    """What a call of one of `SOMETIMES` receives as a nonlinearity: z; None if it is none.
 
-    Args:
-        call: of one of `SOMETIMES`; what it has written to is its result, None before it runs.
-        tag: what a tensor carries.
-        inside: what the running module has computed.
+    What it has written to is its result: None before it runs.
     """
     name = call.name
     operands = tensors_in(*call.args, {k: v for k, v in call.kwargs.items() if k != "out"})
@@ -188,10 +178,8 @@ def operand_of_sigma(call: FunctionCall, tag: Lookup, inside: Pointwise) -> Tens
 def chooses_unseen(call: FunctionCall, tag: Lookup, inside: Pointwise) -> ChannelLabel | None:
     """What a call carries that is a nonlinearity of a value which it is not given itself.
 
-    As in `torch.where(z > 0, 2 * z, 3 * z)`. The arguments are those of `operand_of_sigma`.
-
-    Returns:
-        None where it is none, or no filters of a layer reach it.
+    As in `torch.where(z > 0, 2 * z, 3 * z)`. None where it is none, or no filters of a layer
+    reach it.
     """
     name, flows = call.name, [t for t in call.operands if isinstance(tag(t), ChannelLabel)]
     carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]

@@ -68,12 +68,7 @@ class Constants:
         return bool(tensors)
 
     def made(self, call: FunctionCall, written: bool) -> None:
-        """A function has run.
-
-        Args:
-            call: of it.
-            written: it writes to its first argument, whatever it is given.
-        """
+        """A function has run; `written`: it writes to its first argument, whatever it is given."""
         known, function, operands = self._known, call.name, call.operands
         if written and known and operands:
             self._written(function, operands)

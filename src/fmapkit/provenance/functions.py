@@ -315,8 +315,7 @@ def _opened(function: Any) -> Any:
 def out_of_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same σ into fresh memory: (function, args, kwargs).
 
-    Returns:
-        None where torch has no such form, or where this very call is not in place.
+    None where torch has no such form, or where this very call is not in place.
     """
     known = describe(function)
     if known.asked_in_place(args, kwargs):

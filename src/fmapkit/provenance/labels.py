@@ -19,14 +19,10 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[int, Tensor]] = weakref.WeakKey
 
 
 class OfModule:
-    """A tensor that a module has or had, for as long as the module is there.
+    """A parameter or buffer that a module has or had, for as long as the module is there.
 
     It takes the place of a weak reference: `torch.utils.swap_tensors`, by which `Module.to` and
     `load_state_dict` may work, refuses tensors that have one.
-
-    Args:
-        owner: the module.
-        tensor: its parameter or buffer.
 
     Attributes:
         exchanged: another one had taken its place when the pass ended.
@@ -46,11 +42,7 @@ class OfModule:
         return None if owner is None else _kept[owner][id(self)]
 
     def compare(self, key: str) -> None:
-        """A pass has ended in which it was used: note whether it is still what its module has.
-
-        Args:
-            key: what it was called there.
-        """
+        """A pass has ended in which it was used: note whether its module still has it as `key`."""
         owner = self._owner()
         if owner is not None:
             there = owner._parameters.get(key)

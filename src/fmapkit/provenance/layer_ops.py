@@ -105,11 +105,7 @@ def layer_axes(call: FunctionCall, weight: Tensor, tag: Label) -> ChannelLayout 
 def _of_parameter(
     tag: ParamLabel, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
 ) -> ChannelLayout | None:
-    """The filters of a layer whose weight is made of a parameter.
-
-    Args:
-        places: axes of the result that count filters, and which axes of the weight they are.
-    """
+    """The filters of a layer whose weight is made of a parameter; places as in `filter_places`."""
     shape = tuple(tag.parameter.shape)
     unknown = len(tag.axes) < len(shape) or None in tag.axes
     if unknown and not _complete(tag, weight, [w for _, w in places]):

@@ -54,8 +54,7 @@ _CHOOSE_OPERAND = (
 def carried(call: FunctionCall, tag: Lookup) -> Any:
     """What the results of an unweighted function carry.
 
-    Returns:
-        For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
+    For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
     """
     name, operands = call.name, call.operands
     if name in _NO_CHANGE:
@@ -92,9 +91,7 @@ def _rule(name: str) -> Rule | None:
 def _of_weights(call: FunctionCall, x: Tensor, weight: ParamLabel) -> Any:
     """What a function of parameters alone returns: a weight, its axes followed like filters.
 
-    Args:
-        x: the first of them.
-        weight: what that is.
+    `x` is the first of them.
     """
     rule, out = _rule(call.name), call.out
 

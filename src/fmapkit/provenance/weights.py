@@ -49,7 +49,6 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
     """Where a tensor that a layer uses is to be found again.
 
     Args:
-        value: the tensor.
         tag: what it carries.
         owners: the modules that have a parameter or buffer, each with its key there.
         stand_ins: where a graph is traced: the tensors that stand for its inputs, and these.
