@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ FOLLOWED = _POINTWISE | _ZEROS | {"tensor"}
 _FAR = 256  # how many values an operand is looked for in
 
 
+@dataclass(slots=True, eq=False)
 class _Value:
     """A tensor, by what it is computed from.
 
@@ -55,12 +57,9 @@ class _Value:
         zero: it is nothing but zeros; of a mask: something was compared with zero.
     """
 
-    __slots__ = ("mask", "of", "zero")
-
-    def __init__(self, of: tuple[_Value, ...] = (), mask: bool = False, zero: bool = False) -> None:
-        self.of = of
-        self.mask = mask
-        self.zero = zero
+    of: tuple[_Value, ...] = ()
+    mask: bool = False
+    zero: bool = False
 
     def depends_on(self, other: _Value) -> bool:
         """Whether it is the other one, or computed from that alone."""

@@ -14,30 +14,23 @@ import torch
 from torch import Tensor
 
 from fmapkit.provenance.function_call import FunctionCall
+from fmapkit.provenance.vocabulary import words
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 
 # Give a tensor that has nothing of another one but its shape.
-_FACTORIES = frozenset(
-    {
-        *("arange", "ones", "zeros", "full", "eye", "linspace", "logspace", "tril_indices"),
-        *("triu_indices", "tensor", "scalar_tensor", "as_tensor"),
-        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
-    }
+_FACTORIES = words(
+    """arange ones zeros full eye linspace logspace tril_indices triu_indices tensor scalar_tensor
+    as_tensor ones_like zeros_like full_like new_ones new_zeros new_full"""
 )
 # Give another result each time, whatever they are given.
-_RANDOM = frozenset(
-    {
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
-        *("bernoulli", "multinomial", "normal", "uniform", "exponential", "geometric", "cauchy"),
-        *("log_normal", "poisson", "random", "rrelu", "gumbel_softmax"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
-        *("feature_dropout", "feature_alpha_dropout", "scaled_dot_product_attention"),
-        *("fractional_max_pool2d", "fractional_max_pool3d"),
-        *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty"),
-        *("new_empty_strided", "resize", "resize_as", "set", "from_numpy", "frombuffer"),
-        *("from_file", "from_dlpack", "__set__.data"),
-    }
+_RANDOM = words(
+    """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
+    uniform exponential geometric cauchy log_normal poisson random rrelu gumbel_softmax dropout
+    dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+    scaled_dot_product_attention fractional_max_pool2d fractional_max_pool3d empty empty_like
+    empty_strided empty_permuted new_empty new_empty_strided resize resize_as set from_numpy
+    frombuffer from_file from_dlpack __set__.data"""
 )
 
 

@@ -109,9 +109,7 @@ _RENORMING = {"embedding", "embedding_bag"}
 # In-place forms that change no data.
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
-RESHAPED_IN_PLACE = {
-    *("squeeze", "unsqueeze", "as_strided", "resize", "resize_as", "set"),
-}
+RESHAPED_IN_PLACE = words("squeeze unsqueeze as_strided resize resize_as set")
 _known: dict[Any, Function] = {}
 _registered = -1
 
@@ -146,13 +144,10 @@ def _raw_name(function: Any) -> str:
 
 def _describe(function: Any) -> Function:
     raw = _raw_name(function)
-    in_place = (raw.endswith("_") and not raw.endswith("__")) or raw in ("__setitem__",)
-    in_place = in_place or (
-        raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__")
-    )
-    name = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
-    if raw.startswith("__i") and in_place:
-        name = raw[3:-2]
+    marked = raw.endswith("_") and not raw.endswith("__")
+    operator = raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__")
+    in_place = marked or operator or raw == "__setitem__"
+    name = raw[3:-2] if operator else raw[:-1] if marked else raw
     operators = operators_of(function)
     others = namespace_of(operators)
     if others:
@@ -210,13 +205,9 @@ def _reads(name: str) -> Callable[[Any, Any], bool] | None:
     return _SOMETIMES_READS.get(name)
 
 
-def _has_mask(args: Any, kwargs: Any) -> bool:
-    return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(*args[1:], kwargs))
-
-
 def _picks_by_data(args: Any, kwargs: Any) -> bool:
     """Whether an index has a mask in it, or tensors for the bounds of a slice."""
-    if _has_mask(args, kwargs):
+    if any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(*args[1:], kwargs)):
         return True
     index = args[1] if len(args) > 1 else None
     rows = [part for part in _parts(index) if isinstance(part, (tuple, list))]

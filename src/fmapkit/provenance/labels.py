@@ -99,21 +99,19 @@ class Made:
     why: str = ""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Origin:
     """Where filters come from: one call of a layer, of a norm, or nothing that has filters.
 
     Compared by identity: two calls are two origins.
     """
 
-    __slots__ = ("call", "claimed", "kind", "made", "name", "used")
-
-    def __init__(self, kind: str, name: str = "", call: int = 0, made: Made | None = None) -> None:
-        self.kind = kind  # "layer", "norm" or "none"
-        self.name = name
-        self.call = call
-        self.claimed = False  # a nonlinearity has received these filters
-        self.made = made  # of a layer: what of
-        self.used: dict[str, Any] | None = None  # what is held of weights that were computed
+    kind: str  # "layer", "norm" or "none"
+    name: str = ""
+    call: int = 0
+    made: Made | None = None  # of a layer: what of
+    claimed: bool = False  # a nonlinearity has received these filters
+    used: dict[str, Any] | None = None  # what is held of weights that were computed
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name}#{self.call}>"
@@ -188,11 +186,8 @@ class ParamLabelRef:
 # What one tensor of this pass carries. What a plan says of tensors that are yet to come is told by
 # places (`PlaceTag` in `replay/plan.py`): another type, so that neither is taken for the other.
 Label = ChannelLabel | ParamLabel | None
-Carried = (
-    ChannelLabel | ParamLabel | list[Any] | None
-)  # of a nested result: lists of tags, nested alike
-
-
+# Of a nested result: lists of tags, nested alike.
+Carried = ChannelLabel | ParamLabel | list[Any] | None
 Lookup = Callable[[Any], Label]
 
 

@@ -98,13 +98,7 @@ WRITES = words(
 )
 ADDING_WRITES = words("index_add scatter_add scatter_reduce index_reduce")
 CONV = re.compile(r"_?conv(_transpose)?([123]d|olution)|conv_tbc|mkldnn_convolution")
-BIAS_FIRST = (
-    "addmm",
-    "addbmm",
-    "baddbmm",
-    "addmv",
-    "_sparse_addmm",
-)  # products that take the bias first
+BIAS_FIRST = words("addmm addbmm baddbmm addmv _sparse_addmm")  # products that take the bias first
 # Where a product may have its weight; the first operand that is one decides.
 MATMULS = words(
     """matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv grouped_mm _sparse_mm
