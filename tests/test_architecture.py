@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 # From the ground up: each may import those before it, and nothing after it.
 GROUND_UP = """
 _lazy torchlib kinds reasons readable nonfinite errors _warnings missed layers nonlinearities
-paths instrumentation model provenance storage tables views plot page drawable map
+paths instrumentation model provenance storage tables views plot page map
 checking selectors selection editing edits tracing replay compiled session
 saving lookup maps capture explain analysis comparing patching phi fmapkit
 data cli integrations __main__

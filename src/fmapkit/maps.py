@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.drawable import DrawableMaps
+from fmapkit._lazy import LazyMethod
 from fmapkit.errors import ArgumentError, CaptureStateError
 from fmapkit.kinds import Kind
 from fmapkit.lookup import (
@@ -29,6 +29,8 @@ from fmapkit.storage import MapRecord, Pass
 if TYPE_CHECKING:
     import os
 
+    from fmapkit import page
+    from fmapkit import plot as drawing
     from fmapkit.checking import NonFinite
     from fmapkit.missed import Missed
     from fmapkit.session import EndedBlock, Session
@@ -38,7 +40,7 @@ __all__ = ["FeatureMap", "FeatureMaps"]
 Key = str | tuple[str, Kind] | tuple[str, Kind, int]
 
 
-class FeatureMaps(DrawableMaps):
+class FeatureMaps:
     """The maps of a capture; readable during the block and after it.
 
     A look-up (`maps[layer]`, `maps[layer, kind]`, `maps[layer, kind, filter]`) and iteration read
@@ -338,6 +340,18 @@ class FeatureMaps(DrawableMaps):
         return _of_snapshot, (self._snapshot(),)
 
     # -- to look at ---------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+        plot = drawing.plot_maps
+        """Draw z and a of each layer by filter (extra: `plot`): `fmapkit.plot.plot_maps`."""
+        plot_filters = drawing.plot_filters
+        """Draw the weights of a layer's filters (extra: `plot`): `fmapkit.plot.plot_filters`."""
+        to_html = page.write_maps
+        """Write the latest pass as a page to share, one HTML file: `fmapkit.page.write_maps`."""
+    else:
+        plot = LazyMethod("fmapkit.plot", "plot_maps")
+        plot_filters = LazyMethod("fmapkit.plot", "plot_filters")
+        to_html = LazyMethod("fmapkit.page", "write_maps")
 
     def __repr__(self) -> str:
         return maps_table(self._session).text()

@@ -1,7 +1,7 @@
 """One feature map: a tensor with its tags, how it is read from a record, its line in a table.
 
 read_map(pass, record)   reading.py       the tensor as it is held, or the error that it is gone
-  -> FeatureMap          feature_map.py   what one map can do; pictures are `fmapkit.drawable`'s
+  -> FeatureMap          feature_map.py   what one map can do
        repr              line.py
 unpadded(fm, mask)       unpadded.py      without the padding of sequences
 """

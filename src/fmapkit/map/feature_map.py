@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.drawable import DrawableMap
+from fmapkit._lazy import LazyMethod
 from fmapkit.errors import DistributedError, FilterRangeError, FmapkitError, MapStateError
 from fmapkit.kinds import Kind
 from fmapkit.map.line import map_line
@@ -20,9 +20,12 @@ from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import as_numpy, parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
+if TYPE_CHECKING:
+    from fmapkit.plot import plot_map
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FeatureMap(DrawableMap):
+class FeatureMap:
     """One feature map: a tensor and what it is.
 
     Attributes:
@@ -64,6 +67,12 @@ class FeatureMap(DrawableMap):
     _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
     _rows: WeightRows | Lost | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
+
+    if TYPE_CHECKING:
+        plot = plot_map
+        """Draw the map, a picture for each filter (extra: `plot`): `fmapkit.plot.plot_map`."""
+    else:
+        plot = LazyMethod("fmapkit.plot", "plot_map")
 
     @property
     def shape(self) -> torch.Size:

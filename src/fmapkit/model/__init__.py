@@ -7,8 +7,7 @@ from fmapkit.model.inputs import changed as changed
 from fmapkit.model.inputs import run as run
 from fmapkit.model.inputs import tensors_in as tensors_in
 from fmapkit.model.names import Names, Use, never_called
-from fmapkit.model.other_methods import doors
-from fmapkit.model.past_hooks import HOW, has_own_call
+from fmapkit.model.past_hooks import HOW, doors, has_own_call
 from fmapkit.model.wrappers import REPLICAS, unwrap
 
 __all__ = ["HOW", "REPLICAS", "Names", "Use", "doors", "has_own_call", "never_called", "unwrap"]
