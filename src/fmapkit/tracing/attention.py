@@ -227,7 +227,7 @@ class AttentionWatch:
         if not trace.wants.layer(name):
             return
         event = Event("attention", scope, origin=origin, y_held=held)
-        trace.record.hold(event, "y", "attention", origin, held, axes)
+        trace.record.hold(event, "y", "attention", held, axes)
         for _, entry in event.entries:
             entry.heads = heads
         trace.record.events.append(event)

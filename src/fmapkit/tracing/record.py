@@ -100,12 +100,9 @@ class Record:
         self._add(event, origin, a)
         if self.wants.layer(origin.name):
             a_axes = sigma_axes(flow.axes, z, a)
-            self.hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
-            self.hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
-            if edited is not None:
-                for _, entry in event.entries:
-                    z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
-                    entry.edited = self._same_filters(entry, z_or_a)
+            new_z, new_a = (None, None) if edited is None else (edited.z_edited, edited.a_edited)
+            self.hold(event, "x", "preactivation", z_held, flow.axes, edited=new_z)
+            self.hold(event, "y", "activation", event.y_held, a_axes, edited=new_a)
 
     def layer(self, event: Event, name: str, out: Tensor, axes: ChannelLayout | None) -> Origin:
         """A layer has run: where the filters of what it returned come from."""
@@ -134,20 +131,16 @@ class Record:
             event.x_held = self.aliases.reference(x if was is None else was)
             self._used(event.x_held, out)
             if self.wants.filters is None:
-                self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
-                for slot, entry in event.entries if was is not None else ():
-                    if slot == "x":
-                        entry.edited = self._same_filters(entry, self.aliases.reference(x))
+                its = self._input_axes(x, out, axes)
+                new = None if was is None else self.aliases.reference(x)
+                self.hold(event, "x", "input", event.x_held, its, edited=new)
             else:
                 self.miss(origin.name, Reason.FILTERS_OF_INPUT.text())
         if "response" in kinds or "preactivation" in kinds:
             event.y_held = self.aliases.reference(out)
             for kind in ("response", "preactivation"):
                 if kind in kinds:
-                    self.hold(event, "y", kind, origin, event.y_held, axes)
-            for slot, entry in event.entries:
-                if edited is not None and slot == "y":
-                    entry.edited = self._same_filters(entry, edited)
+                    self.hold(event, "y", kind, event.y_held, axes, edited=edited)
 
     def _used(self, held: StoredTensor, result: Tensor) -> None:
         """What is held was given to a call; a map in the graph may be used by others, too."""
@@ -186,8 +179,7 @@ class Record:
                 continue
             flow = self.labels.of(tensor)
             axes = flow.axes if isinstance(flow, ChannelLabel) else None
-            held = self.aliases.reference(tensor)
-            self.hold(event, path, "output", origin, held, axes, path=path)
+            self.hold(event, path, "output", self.aliases.reference(tensor), axes, path)
         self.events.append(event)
         self.firings.fire(event)
         return event
@@ -258,16 +250,15 @@ class Record:
         event: Event,
         slot: str,
         kind: str,
-        origin: Origin,
         held: StoredTensor,
         axes: ChannelLayout | None,
-        sigma: str | None = None,
         path: str = "",
+        edited: StoredTensor | None = None,
     ) -> None:
-        """Hold one map of an event, if it is wanted."""
+        """Hold one map of an event, if it is wanted, and what went on in its place."""
         if kind not in self.wants.kinds and kind != "output":
             return
-        picked = None
+        origin, picked = event.origin, None
         if self.wants.filters is not None and kind != "output":
             if is_dtensor(held.tensor):
                 self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
@@ -284,7 +275,9 @@ class Record:
         held.wanted = True
         if self.graph and in_function():
             self.miss(origin.name, Reason.NO_GRAPH.text())
-        entry = MapRecord(kind, origin, held, axes, sigma, path, picked)
+        entry = MapRecord(kind, origin, held, axes, event.sigma, path, picked)
+        if edited is not None:
+            entry.edited = self._same_filters(entry, edited)
         event.entries.append((slot, entry))
         self.current.drop(None)
         self.current.segments.append(entry)
@@ -304,10 +297,9 @@ class Record:
         taken.version = version_of(taken.tensor) if taken.tensor is not None else 0
         return taken
 
-    def _same_filters(self, entry: MapRecord, held: StoredTensor | None) -> StoredTensor | None:
+    def _same_filters(self, entry: MapRecord, held: StoredTensor) -> StoredTensor:
         """Of an edit, the filters that are held of the map."""
-        if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
-            if held is not None:
-                held.wanted = True
+        if held.tensor is None or entry.picked is None or entry.axes is None:
+            held.wanted = True
             return held
         return StoredTensor.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)
