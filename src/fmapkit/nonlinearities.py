@@ -112,12 +112,6 @@ def _names_of(plain: str) -> list[str]:
     return [form for name in every for form in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
 
 
-def _faces() -> dict[Any, str]:
-    return {
-        function: sigma for sigma, names in _NAMES.items() for function in _with_these_names(names)
-    }
-
-
 # The names of functions that count, as `torch.ops.aten` has them.
 _BY_NAME = {name: sigma for sigma, names in _NAMES.items() for name in names}
 
@@ -154,8 +148,9 @@ def _same(function: Any) -> set[Any]:
     return set()
 
 
-FUNCTIONS: dict[Any, str] = _faces()
-
+FUNCTIONS: dict[Any, str] = {
+    function: sigma for sigma, names in _NAMES.items() for function in _with_these_names(names)
+}
 _OWN = dict(FUNCTIONS)  # torch's, as it came
 
 # Bumped by every registration, so that plans made before it are made anew.
@@ -257,10 +252,6 @@ def patched_name(module: nn.Module) -> str:
 
 def _is_torchs(function: Any) -> bool:
     """Whether torch hands a function's calls to modes; `torch.cos_` it keeps in no list."""
+    seen = torch.overrides.get_overridable_functions().values()
     name = getattr(function, "__name__", "")
-    return function in _overridable() or native(name) is function
-
-
-def _overridable() -> set[Any]:
-    by_place = torch.overrides.get_overridable_functions()
-    return {function for functions in by_place.values() for function in functions}
+    return any(function in functions for functions in seen) or native(name) is function

@@ -82,7 +82,7 @@ def trace_graph(
         with run.fakes.mode:
             tracer.noted.now = order[0]
             for module in base[:-1]:
-                tracer.enter(module, (), {})
+                tracer.modules.enter(module, (), {})
             for node in order:
                 run.step(node)
     if tracer.failed is not None:
@@ -161,7 +161,7 @@ class _Labelling(_OnFakes):
         noted.now = node
         if node.op != "placeholder" and self._base and self._innermost is None:
             given = tuple(self.fakes.values[i] for i in self._arguments or ())
-            self._innermost = self._tracer.enter(self._base[-1], given, {})
+            self._innermost = self._tracer.modules.enter(self._base[-1], given, {})
         if node.op in _CALLS:
             keys = self._keys[node]
             pairs = zip(keys, self._entered, strict=False)
@@ -202,7 +202,7 @@ class _Labelling(_OnFakes):
         tag = self._tracer.trace.labels.of
         labelled = [t for t in given if isinstance(t, Tensor) and isinstance(tag(t), ChannelLabel)]
         self._entered.append((keys[-1], nodes))
-        self._tracer.enter(self._module(keys[-1]), tuple(labelled), {})
+        self._tracer.modules.enter(self._module(keys[-1]), tuple(labelled), {})
 
     def _leave(self, depth: int) -> None:
         """Leave the modules that are entered below so many."""

@@ -7,7 +7,6 @@ hooks compute on the side does not matter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -59,7 +58,12 @@ class Linearity:
             result = _OTHER
         elif highest == 0 or name in words.FRESH:
             return
-        elif nonlinear or name in words.NONLINEAR_POINTWISE or _of_two(name, operands):
+        # `torch.max` and `min` of two tensors are pointwise; of one, they reduce it.
+        elif (
+            nonlinear
+            or name in words.NONLINEAR_POINTWISE
+            or (name in ("max", "min") and len(operands) > 1)
+        ):
             result = max(highest, _NONLINEAR)
         elif name in words.PRODUCTS:
             dividing = name in ("div", "divide", "true_divide") and len(degrees) > 1
@@ -74,11 +78,6 @@ class Linearity:
         # It returns nothing, and writes to its first operand.
         for tensor in operands[:1] if name == "__setitem__" else tensors_in(call.out):
             self._known[id(tensor)] = (weakref.ref(tensor), result)
-
-
-def _of_two(name: str, operands: Sequence[Tensor]) -> bool:
-    """`torch.max` and `min` of two tensors are pointwise; of one, they reduce it."""
-    return name in ("max", "min") and len(operands) > 1
 
 
 def _is_linear(call: FunctionCall) -> bool:

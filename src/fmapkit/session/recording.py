@@ -96,7 +96,7 @@ class Recorder:
         self._installer.in_recording(module)
         tracer.trace.begin_region()
         position = record.firings.clock()
-        frame = tracer.enter(module, args, kwargs)
+        frame = tracer.modules.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
         frame.own = self._regions.of(module).own.noted()

@@ -79,8 +79,7 @@ class LayerEdits:
         call.site = site
         flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.trace.labels.of, t)]
         if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
-            why, step = COMPARED.format(call.sigma), self.trace.record.current.step
-            self.edits.refuse(site.name, "preactivation", why, site.call, step)
+            self._refuse(site.name, "preactivation", COMPARED.format(call.sigma), site.call)
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
         if "out" in call.kwargs:
@@ -116,10 +115,9 @@ class LayerEdits:
         """
         if not isinstance(label, ChannelLabel):
             return
-        origin, step = label.origin, self.trace.record.current.step
-        why = HIDDEN.format(self.trace.names.of(module))
+        origin, why = label.origin, HIDDEN.format(self.trace.names.of(module))
         for kind in ("preactivation", "activation"):
-            self.edits.refuse(origin.name, kind, why, origin.call, step)
+            self._refuse(origin.name, kind, why, origin.call)
 
     def _put(self, site: EditSite, result: Tensor) -> Tensor:
         if site.base is None:
@@ -137,9 +135,11 @@ class LayerEdits:
             EditError: an edit is for that.
         """
         assert frame.site is not None
-        name, step = self.trace.names.of(frame.module), self.trace.record.current.step
-        site, why = frame.site, HOOKED.format(name, name)
-        self.edits.refuse(site.name, "activation", why, site.call, step)
+        name = self.trace.names.of(frame.module)
+        self._refuse(frame.site.name, "activation", HOOKED.format(name, name), frame.site.call)
+
+    def _refuse(self, name: str, kind: str, why: str, call: int) -> None:
+        self.edits.refuse(name, kind, why, call, self.trace.record.current.step)
 
     # -- modules that are one nonlinearity ----------------------------------------------------
 

@@ -9,7 +9,7 @@ what it is, and hands it on:
                                ├─ list_calls.step                a function on lists of tensors
                                ├─ propagate.carried              any other: labels go on
                                └─ AttentionWatch.step            attention probabilities
-    Tracer.enter, leave ─────── ModuleCalls.enter, leave         what a module's call has been
+    Tracer.leave ────────────── ModuleCalls.enter, leave         what a module's call has been
 
 Each of these writes to one `PassTrace`: the frames, the labels, and the `Record` of what ran.
 """
@@ -74,6 +74,8 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 
 # Classes of tensors that have no `__torch_function__` of their own.
 _TORCHS = frozenset({Tensor, nn.Parameter})
+# Have no shape yet: a lazy module is just making its weights.
+_LAZY = (UninitializedParameter, UninitializedBuffer)
 
 
 class Tracer(ObserverMode):
@@ -170,7 +172,7 @@ class Tracer(ObserverMode):
         if known.opened is not None:
             with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
-        if not trace.frames or (others and any(map(_is_lazy, types))):
+        if not trace.frames or (others and any(issubclass(kind, _LAZY) for kind in types)):
             return func(*args, **kwargs)
         sigma = None
         if not known.passive or "out" in kwargs:
@@ -306,10 +308,6 @@ class Tracer(ObserverMode):
 
     # -- modules ------------------------------------------------------------------------------
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
-        """A module's forward begins."""
-        return self.modules.enter(module, args, kwargs)
-
     def leave(self, module: nn.Module, output: Any) -> Any:
         """A forward has ended: what it is to return if something was edited; None for its own."""
         trace = self.trace
@@ -326,11 +324,6 @@ class Tracer(ObserverMode):
         return self.modules.leave(frame, output)
 
 
-def _is_lazy(kind: type) -> bool:
-    """Whether tensors of a type have no shape yet: a lazy module is just making its weights."""
-    return issubclass(kind, (UninitializedParameter, UninitializedBuffer))
-
-
 def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
     """Whether a module written out by hand is one σ, and works in place: a copy of it tells."""
     module, x = copy.deepcopy(frame.module), frame.x
@@ -344,7 +337,7 @@ def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
     cuda = [x.device.index] if x.device.type == "cuda" else []
     with unrecorded(), torch.random.fork_rng(devices=cuda):
         tracer.trace.labels.enter(args, kwargs)
-        trial = tracer.enter(module, args, kwargs)
+        trial = tracer.modules.enter(module, args, kwargs)
         with torch._C._EnableTorchFunction(), tracer:
             output = module(*args, **kwargs)
         return tracer.modules.verdict(trial, output) is not None, version_of(given) != 0
