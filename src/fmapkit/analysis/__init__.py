@@ -1,9 +1,9 @@
 """Running analyses: they see every captured map, and keep none.
 
-    analysis.update(fm)          dead.py, statistics.py, top/, similarity/   one map, as it is made
+    analysis.update(fm)          dead.py, statistics.py, similarity.py, top/   one map, as made
       -> ByLayer, Groups           _by_layer.py, _keys.py    whose sums the map goes to
       -> Mergeable                 _by_layer.py              of several runs, of all ranks
-      -> sums                      _moments.py, top/strongest.py, similarity/pairs.py
+      -> sums                      _moments.py, top/strongest.py, _pairs.py
     analysis["conv1"], a table   summary.py, top/layer_tops.py
     analysis.plot(), a page      drawn.py
 

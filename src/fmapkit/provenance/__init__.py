@@ -1,10 +1,10 @@
 """Whose filters a tensor carries, and where they lie: labels, and one rule per torch function.
 
-FunctionCall       function_call.py      one call of torch, as whoever decides is asked about it
+FunctionCall       rule_basics.py  one call of torch, as whoever decides is asked about it
 propagate          propagate.py  one call of torch: which rule, and what its results carry
   vocabulary       vocabulary.py         what a function does to data, by name
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
-  rules            rules.py, index_rules.py, product_rules.py
+  rules            rules.py, index_rules.py
     ChannelLayout  layout.py             filters along axes, through reshapes and slices
   sometimes        conditional_sigma.py  it is σ in some of its calls
 weights            weights.py            from which rows of which parameter a map came
@@ -21,8 +21,6 @@ from fmapkit.provenance.conditional_sigma import Pointwise as Pointwise
 from fmapkit.provenance.conditional_sigma import chooses_unseen as chooses_unseen
 from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_sigma
 from fmapkit.provenance.constants import Constants as Constants
-from fmapkit.provenance.function_call import FunctionCall as FunctionCall
-from fmapkit.provenance.function_call import argument as argument
 from fmapkit.provenance.functions import ON_LISTS as ON_LISTS
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
@@ -59,10 +57,12 @@ from fmapkit.provenance.layer_ops import weight_operand as weight_operand
 from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
 from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
 from fmapkit.provenance.linearity import Linearity as Linearity
-from fmapkit.provenance.product_rules import einsum_terms as einsum_terms
 from fmapkit.provenance.propagate import carried as carried
 from fmapkit.provenance.propagate import past_sigma as past_sigma
 from fmapkit.provenance.propagate import sigma_axes as sigma_axes
+from fmapkit.provenance.rule_basics import FunctionCall as FunctionCall
+from fmapkit.provenance.rule_basics import argument as argument
+from fmapkit.provenance.rules import einsum_terms as einsum_terms
 from fmapkit.provenance.vocabulary import MATMULS as MATMULS
 from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
 from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.rule_basics import FunctionCall
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import unholdable

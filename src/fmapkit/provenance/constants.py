@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.function_call import FunctionCall
+from fmapkit.provenance.rule_basics import FunctionCall
 from fmapkit.provenance.vocabulary import words
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fmapkit import nonlinearities
 from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
-from fmapkit.provenance.function_call import argument
 from fmapkit.provenance.layer_ops import is_fused, is_weighted, weighs
+from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.vocabulary import (
     ADDING_WRITES,
     DATA_TO_PYTHON,

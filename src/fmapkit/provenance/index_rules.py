@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import aligned, lost_if_none
+from fmapkit.provenance.rule_basics import FunctionCall, aligned, lost_if_none
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.layers import layer_axis
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Label, Lookup, ParamLabel
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
-from fmapkit.provenance.product_rules import einsum_terms
+from fmapkit.provenance.rule_basics import FunctionCall
+from fmapkit.provenance.rules import einsum_terms
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}

@@ -11,8 +11,8 @@ import weakref
 from torch import Tensor
 
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup
+from fmapkit.provenance.rule_basics import FunctionCall
 from fmapkit.torchlib.nested import tensors_in
 
 # A tensor that does not depend on the input has 0. The last is not pointwise, or random.

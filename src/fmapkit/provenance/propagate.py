@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.index_rules import is_number
 from fmapkit.provenance.labels import (
     NOWHERE,
@@ -27,7 +26,7 @@ from fmapkit.provenance.labels import (
     flow_of,
 )
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import Rule, each
+from fmapkit.provenance.rule_basics import FunctionCall, Rule, each
 from fmapkit.provenance.rules import RULES, spatial
 from fmapkit.provenance.vocabulary import (
     FRESH,

@@ -1,17 +1,44 @@
-"""What rules for torch's functions are made of: a rule's form, and what most of them do."""
+"""What rules for torch's functions are made of: the call that they are asked about, and its parts.
+
+A rule's form is told here, too, and what most of them do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
+
+
+@dataclass(slots=True)
+class FunctionCall:
+    """A call of a torch function."""
+
+    name: str  # as `Function.name` has it
+    function: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    operands: list[Tensor]
+
+    def argument(self, place: int, *names: str) -> Any:
+        """An argument, by one of its names or by its place; None where it is not given."""
+        return argument(self.args, self.kwargs, place, *names)
+
+
+def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """The same of a call that has not run."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[place] if len(args) > place else None
+
 
 # Given the flow of the first operand that has one, that operand, the call, and what any tensor
 # carries.

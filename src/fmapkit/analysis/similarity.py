@@ -1,4 +1,8 @@
-"""`Similarity`: how alike two layers are, over all pairs: linear CKA, and RSA."""
+"""`Similarity`: how alike two layers are, over all pairs: linear CKA, and RSA.
+
+A batch is held as its Gram matrix until its pass has ended, then added to sums for each pair of
+layers (`_pairs.py`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._keys import steps_since
-from fmapkit.analysis.similarity.pairs import LEAST, Gram, MapTag, Pairs, labels
+from fmapkit.analysis._pairs import LEAST, Gram, MapTag, Pairs, labels
 from fmapkit.errors import (
     ArgumentError,
     NoPassError,
