@@ -123,7 +123,7 @@ class AnswerTracing:
         if tracer is None:
             return None
         if tracer.lost:
-            return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
+            return tracer.editor.modules.input(module, args, kwargs) if tracer.editor else None
         if self._moves.given:
             self._moves.made(module, (args, kwargs))
         frame = tracer.modules.enter(module, args, kwargs)

@@ -100,7 +100,7 @@ class Recorder:
         frame.position = position
         frame.counts = Counter(record.counts)
         frame.own = self._regions.of(module).own.noted()
-        tracer.reads.enter([tensor for one in frame.own if (tensor := one()) is not None])
+        tracer.reads.made.enter([tensor for one in frame.own if (tensor := one()) is not None])
         fill = fill_of(module, self._paths.twins.functions())
         self._live.recording = Recording(
             module, frame, form, state, sizes, inputs, seen, alone, fill

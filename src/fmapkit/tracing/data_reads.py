@@ -36,12 +36,16 @@ _CHECKS_OF_SIZES = {
 
 
 class DataReads:
-    """Those of one pass."""
+    """Those of one pass.
+
+    Attributes:
+        made: the tensors that were made by cheap functions.
+    """
 
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace
         self._constants = Constants(trace.record.aliases.written)
-        self._made = MadeTensors(trace.record.aliases)
+        self.made = MadeTensors(trace.record.aliases)
 
     def before(
         self,
@@ -72,7 +76,7 @@ class DataReads:
             if _decides_nothing(known.name, asking):
                 return None
             if trace.region is not None and not _picked_in_c(known.name, asking):
-                by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
+                by_inputs = partial(self.made.of_inputs, known, func, args, kwargs)
         read = trace.decides(by_inputs)
         if read is not None and sizes_are_data(known.name):  # it makes tensors, which are followed
             trace.asked.append((read, sizes_given(known.name, func, args, kwargs)))
@@ -87,21 +91,17 @@ class DataReads:
                 by_inputs = None
                 if trace.region is not None:
                     told: Any = describe(torch.is_nonzero), torch.is_nonzero, (number,), {}
-                    by_inputs = partial(self._made.of_inputs, *told)
+                    by_inputs = partial(self.made.of_inputs, *told)
                 read = trace.decides(by_inputs)
                 if read is not None:
                     trace.asked.append((read, bool(number)))
         asked.clear()
 
-    def enter(self, given: list[Tensor]) -> None:
-        """In a region that is recorded, a module's call begins that is given all these tensors."""
-        self._made.enter(given)
-
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""
         self._constants.made(call, known.in_place)
         if self._trace.learning and is_cheap(known.name) and self._trace.region is not None:
-            self._made.add(known, call)
+            self.made.add(known, call)
 
 
 def _decides_nothing(name: str, asking: types.FrameType) -> bool:

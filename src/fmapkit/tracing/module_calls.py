@@ -72,7 +72,7 @@ class ModuleCalls:
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
                 given = tensors_in(*args, kwargs)
-                self._reads.enter(given)
+                self._reads.made.enter(given)
                 if not _FLAT.issuperset({*map(type, args), *map(type, kwargs.values())}):
                     nested = list(map(weakref.ref, given))
             frame = Frame(module, args, kwargs, *counts, replaced, nested)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
@@ -22,6 +21,7 @@ from fmapkit.provenance import ChannelLayout, flow_of
 from fmapkit.storage import MapRecord, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import Place, first_tensor
 from fmapkit.tracing.pass_trace import PassTrace
@@ -144,8 +144,7 @@ class ModuleEdits(PlacedEdits):
         if name is None or not (self._edits.of(name, "input") or self._edits.of(name, "output")):
             return None
         self._unit = None  # of a call that was broken off, it may be this one
-        with torch._C.DisableTorchFunction():
-            given = self.input(module, args, kwargs)
+        given = self.input(module, args, kwargs)
         self._unit = module
         return given
 
@@ -156,23 +155,14 @@ class ModuleEdits(PlacedEdits):
         self._unit = None
         if failed:
             return None
-        with torch._C.DisableTorchFunction():
-            new, held = self.held_output(module, output)
+        new, held = self.held_output(module, output)
         if held and module in self._trace.wants.outputs:
             self._tell(self._trace.names.of(module), held)
         return new if held else None
 
-    # -- where nothing else is told of the pass any more ---------------------------------------
-
-    def enter_lost(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """A module is about to run: the arguments that it is to get instead; None for its own."""
-        with torch._C.DisableTorchFunction():
-            return self.input(module, args, kwargs)
-
     def leave_lost(self, module: nn.Module, output: Any) -> Any:
-        """A module has run: what it is to return instead; None for its own."""
-        with torch._C.DisableTorchFunction():
-            new, held = self.held_output(module, output)
+        """A module has run, and nothing else is told of the pass any more: the same."""
+        new, held = self.held_output(module, output)
         return new if held else None
 
     def _tell(self, name: str, held: dict[str, StoredTensor]) -> None:
@@ -191,7 +181,10 @@ class ModuleEdits(PlacedEdits):
     # -- of each module -----------------------------------------------------------------------
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        return None if module is self._unit else super().input(module, args, kwargs)
+        if module is self._unit:
+            return None
+        with without_torch_function():
+            return super().input(module, args, kwargs)
 
     def was(self, x: Tensor) -> Tensor | None:
         """What an edited input was before; None where it was not edited."""
@@ -202,8 +195,9 @@ class ModuleEdits(PlacedEdits):
         """The same as `output`, and what went on is held."""
         if module is self._unit:
             return output, {}
-        output, changed = self.output(module, output)
-        held = {p: self._trace.record.aliases.reference(new) for p, new in changed.items()}
+        with without_torch_function():
+            output, changed = self.output(module, output)
+            held = {p: self._trace.record.aliases.reference(new) for p, new in changed.items()}
         for one in held.values():
             one.wanted = True
         return output, held
