@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fmapkit import CaptureWarning, FeatureMap
-from fmapkit.analysis import Statistics, _of_map, _on_cpu
-from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
+from fmapkit.analysis import Statistics, _blocks, _of_map
+from fmapkit.analysis._blocks import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.uint8, torch.int16, torch.bool)
@@ -98,9 +98,9 @@ def test_found_by_the_loops(
 @given(maps(), st.sampled_from([0.0, 0.25, 1e8]), st.sampled_from(BOUNDS))
 def test_found_by_torch(x: Tensor, pilot: float, bounds: tuple[float, float] | None) -> None:
     shift = np.arange(x.shape[1]) + pilot
-    assert_found(_on_cpu.sums(x, shift, bounds), x, shift, bounds)
+    assert_found(_blocks.sums(x, shift, bounds), x, shift, bounds)
     if x.is_floating_point():
-        assert _on_cpu.nonfinite(x).tolist() == (~x.isfinite()).sum((0, 2)).tolist()
+        assert _blocks.nonfinite(x).tolist() == (~x.isfinite()).sum((0, 2)).tolist()
 
 
 @pytest.mark.parametrize("copies", [1, 20], ids=["across", "along"])

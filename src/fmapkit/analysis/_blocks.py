@@ -1,10 +1,13 @@
-"""Mean, variance, extremes and counts of many values on any device, filter by filter, in blocks.
+"""Mean, variance, extremes and counts of many values, filter by filter, by calls of torch.
 
-For what is not a CPU. Nothing here depends on a value on the host, so nothing waits for the device,
-and each result is one reduction that goes through the block once. Bytes that are moved for each
-value of float32, of which a read is 4: for the float64 copy 12, for mean and variance together 8,
-for both extremes 4 (8 but on CUDA), for the zeros 4, for what is not finite 12: 40, or ten reads.
-**None of it has been measured on a GPU.**
+In a CPU's memory (`sums`), a block at a time is copied to float64 and gone through by each call,
+from the cache. `_fused.py` finds the same in one pass, where numba is installed.
+
+`blockwise` is for what is not a CPU. Nothing there depends on a value on the host, so nothing waits
+for the device, and each result is one reduction that goes through the block once. Bytes that are
+moved for each value of float32, of which a read is 4: for the float64 copy 12, for mean and
+variance together 8, for both extremes 4 (8 but on CUDA), for the zeros 4, for what is not finite
+12: 40, or ten reads. **None of it has been measured on a GPU.**
 """
 
 from __future__ import annotations
@@ -12,8 +15,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fmapkit.analysis._saturation import Bounds
+
+Array = np.ndarray[Any, Any]
+
+# The rows of what is found of each filter: Σ(x - p) and Σ(x - p)² of a pilot p, how many are 0, how
+# many at or beyond the bounds, the least and the greatest.
+S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)
 
 # Values that are worked on at a time: on a CPU what stays in its cache; elsewhere it bounds the
 # memory that copies take, and a sum of so many ones is still exact in float32.
@@ -34,9 +46,7 @@ def block_size(device: torch.device) -> int:
     return _BLOCK_ELSEWHERE if size is None else size * min(torch.get_num_threads(), 16)
 
 
-def blockwise(
-    values: Tensor, kind: torch.dtype, bounds: tuple[float, float] | None
-) -> tuple[Tensor, ...]:
+def blockwise(values: Tensor, kind: torch.dtype, bounds: Bounds | None) -> tuple[Tensor, ...]:
     """Shift, offset, m2, minimum, maximum and counts, as `Moments` has them.
 
     Args:
@@ -70,9 +80,7 @@ def blocks(values: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
             yield from ((first, block) for block in torch.split(strip, height))
 
 
-def _state(
-    block: Tensor, kind: torch.dtype, bounds: tuple[float, float] | None
-) -> tuple[Tensor, ...]:
+def _state(block: Tensor, kind: torch.dtype, bounds: Bounds | None) -> tuple[Tensor, ...]:
     """The same of one block."""
     count, over = block.shape[0] * block.shape[2], (0, 2)
     # Of some value: what is left of each is near 0, where float32, if that is all there is, has
@@ -143,3 +151,61 @@ def chan(library: Any, n: int, a: Sequence[Any], m: int, b: Sequence[Any]) -> tu
         library.maximum(high, its_high),
         counts + its_counts,
     )
+
+
+# -- on a CPU --------------------------------------------------------------------------------------
+
+
+def nothing(filters: int) -> Array:
+    """(6, filters): what is found of no value."""
+    found = np.zeros((6, filters))
+    found[LOW], found[HIGH] = np.inf, -np.inf
+    return found
+
+
+def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
+    """What is found of each filter.
+
+    Args:
+        values: (outer, filters, inner), real, integer or bool, at least one of each filter.
+        pilot: (filters,) what to take off before values are summed up.
+
+    Returns:
+        (6, filters) float64, of which the rows are named above. Where a value is NaN, the sum of
+        squares is, and the extremes are anything; where one is infinite, it is infinite.
+    """
+    found = nothing(len(pilot))
+    shift = torch.from_numpy(pilot)[:, None] if pilot.any() else None
+    with np.errstate(invalid="ignore"):
+        for first, block in blocks(values, block_size(values.device)):
+            here = slice(first, first + block.shape[1])
+            _take(block, None if shift is None else shift[here], bounds, found[:, here])
+    return found
+
+
+def _take(block: Tensor, shift: Tensor | None, bounds: Bounds | None, found: Array) -> None:
+    """Puts a block to what is found. It is smaller than 2^24, up to where float32 counts."""
+    if block.element_size() == 2:  # in half precision, each call takes longer than a copy
+        block = block.float()
+    wide = block.to(torch.float64, copy=True)
+    flags = torch.empty_like(block, dtype=torch.float32)  # of all types, the fastest to add up
+    raw = block if block.is_floating_point() else wide
+    np.minimum(found[LOW], along(torch.amin, raw).numpy(), out=found[LOW])
+    np.maximum(found[HIGH], along(torch.amax, raw).numpy(), out=found[HIGH])
+    found[ZEROS] += along(torch.sum, torch.eq(raw, 0, out=flags)).numpy()
+    if bounds is not None:
+        found[SATURATED] += along(torch.sum, torch.le(wide, bounds[0], out=flags)).numpy()
+        found[SATURATED] += along(torch.sum, torch.ge(wide, bounds[1], out=flags)).numpy()
+    if shift is not None:
+        wide -= shift
+    found[S1] += along(torch.sum, wide).numpy()
+    found[S2] += along(torch.sum, wide.square_()).numpy()
+
+
+def nonfinite(values: Tensor) -> Array:
+    """(filters,): how many are NaN or infinite."""
+    found = np.zeros(values.shape[1])
+    for first, block in blocks(values, block_size(values.device)):
+        flags = torch.ne(block - block, 0)  # infinity less itself is no number
+        found[first : first + block.shape[1]] += along(torch.sum, flags).numpy()
+    return found

@@ -1,6 +1,6 @@
 """Sums, extremes and counts of one map in a CPU's memory, in one pass; compiled by numba.
 
-Each call of torch or NumPy goes through a block of values once (`_on_cpu.py`). Here a value is read
+Each call of torch or NumPy goes through a block of values once (`_blocks.py`). Here a value is read
 once, made float64 in a register, and added to all that is asked for. The machine's instructions
 take 8 or 16 values at once, if these lie side by side. So there are two loops: along the rows of
 memory where each has many values of one filter, across them where it has few.
@@ -23,10 +23,10 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from fmapkit.analysis._on_cpu import Array, nothing
+from fmapkit.analysis._blocks import Array, nothing
 from fmapkit.analysis._saturation import Bounds
 
-# The rows of what is found, as in `_on_cpu.py`. They stand here again, since numba keeps machine
+# The rows of what is found, as in `_blocks.py`. They stand here again, since numba keeps machine
 # code until this file changes, whatever happens to others.
 S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)
 
@@ -260,7 +260,7 @@ def _fold(kept: Any, at: int, width: int, inner: int, filters: int, found: Any) 
 
 
 def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
-    """What is found of each filter, as `_on_cpu.sums` tells it; by one thread."""
+    """What is found of each filter, as `_blocks.sums` tells it; by one thread."""
     found = nothing(len(pilot))
     for some in _readable(values):
         outer, filters, inner = some.shape

@@ -7,7 +7,7 @@ subtraction loses as many digits as S2 has more than M2. Most maps need no pilot
 far from 0 beside their spread. Of others, the maps before tell the mean. Where too many digits were
 lost all the same, the sums are taken again, around the mean that is known then.
 
-The sums are `_fused.py`'s where numba is installed, else `_on_cpu.py`'s.
+The sums are `_fused.py`'s where numba is installed, else `_blocks.py`'s.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fmapkit._warnings import warn
-from fmapkit.analysis import _on_cpu
-from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
+from fmapkit.analysis import _blocks
+from fmapkit.analysis._blocks import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
 from fmapkit.analysis._saturation import Bounds
 
 _DIGITS_LOST = 1e3  # of 15, three at most
@@ -48,7 +48,7 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
         counts[0], counts[2] = found[ZEROS], found[SATURATED]
         odd = np.flatnonzero(~np.isfinite(s2))
         if len(odd):
-            counts[1, odd] = _on_cpu.nonfinite(values[:, torch.from_numpy(odd)])
+            counts[1, odd] = _blocks.nonfinite(values[:, torch.from_numpy(odd)])
             low[np.isnan(s2)] = high[np.isnan(s2)] = np.nan
         for attempt in range(_TRIES):
             offset = found[S1] / (outer * inner)
@@ -70,7 +70,7 @@ def _lost(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
 
 
 def _sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
-    """By `_fused.py`, where numba is and works, else by `_on_cpu.py`."""
+    """By `_fused.py`, where numba is and works, else by `_blocks.py`."""
     fused = _fused()
     if fused is not None:
         try:
@@ -78,7 +78,7 @@ def _sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
             return found
         except Exception as error:  # of whatever compiler there is
             _give_up(error)
-    return _on_cpu.sums(values, pilot, bounds)
+    return _blocks.sums(values, pilot, bounds)
 
 
 _given_up: list[str] = []
