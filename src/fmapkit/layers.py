@@ -7,6 +7,10 @@ show, such as a layer around a custom kernel.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
 from torch import nn
 
 from fmapkit.errors import ArgumentError, is_int
@@ -16,26 +20,15 @@ __all__ = ["register_layer"]
 
 # Type -> axis of the filters in its output. Convolutions: the axis before the spatial ones, which
 # is 1, or 0 when unbatched; counted from the end it is the same for both.
-MODULES: dict[type[nn.Module], int] = {
-    nn.Linear: -1,
-    nn.Bilinear: -1,
-    nn.Conv1d: -2,
-    nn.Conv2d: -3,
-    nn.Conv3d: -4,
-    nn.ConvTranspose1d: -2,
-    nn.ConvTranspose2d: -3,
-    nn.ConvTranspose3d: -4,
-}
-
-try:  # torch is to give its quantised modules up one day
-    from torch.ao.nn import quantized
-except ImportError:
-    pass
-else:
-    MODULES[quantized.Linear] = -1
-    for dim in (1, 2, 3):
-        MODULES[getattr(quantized, f"Conv{dim}d")] = -1 - dim
-        MODULES[getattr(quantized, f"ConvTranspose{dim}d")] = -1 - dim
+MODULES: dict[type[nn.Module], int] = {nn.Bilinear: -1}
+_homes: list[Any] = [nn]
+with suppress(ImportError):  # torch is to give its quantised modules up one day
+    _homes.append(import_module("torch.ao.nn.quantized"))
+for _home in _homes:
+    MODULES[_home.Linear] = -1
+    for _dim in (1, 2, 3):
+        MODULES[getattr(_home, f"Conv{_dim}d")] = -1 - _dim
+        MODULES[getattr(_home, f"ConvTranspose{_dim}d")] = -1 - _dim
 
 # Types registered by users: opaque, their output is the response whatever runs inside.
 REGISTERED: dict[type[nn.Module], int] = {}

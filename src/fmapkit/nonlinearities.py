@@ -23,32 +23,15 @@ from fmapkit.torchlib.operators import NATIVE, native
 
 __all__ = ["register_nonlinearity"]
 
+# Each goes by its own name in lower case, but for one.
 MODULES: dict[type[nn.Module], str] = {
-    nn.CELU: "celu",
-    nn.ELU: "elu",
-    nn.GELU: "gelu",
-    nn.GLU: "glu",
-    nn.Hardshrink: "hardshrink",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Hardswish: "hardswish",
-    nn.Hardtanh: "hardtanh",
-    nn.LeakyReLU: "leaky_relu",
-    nn.LogSigmoid: "logsigmoid",
-    nn.Mish: "mish",
-    nn.PReLU: "prelu",
-    nn.RReLU: "rrelu",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SELU: "selu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Softplus: "softplus",
-    nn.Softshrink: "softshrink",
-    nn.Softsign: "softsign",
-    nn.Tanh: "tanh",
-    nn.Tanhshrink: "tanhshrink",
-    nn.Threshold: "threshold",
-}
+    getattr(nn, name): name.lower()
+    for name in (
+        *("CELU", "ELU", "GELU", "GLU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh"),
+        *("LogSigmoid", "Mish", "PReLU", "RReLU", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"),
+        *("Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink", "Threshold"),
+    )
+} | {nn.LeakyReLU: "leaky_relu"}
 
 _TORCHS = set(MODULES)
 

@@ -149,19 +149,16 @@ def doors(region: nn.Module, tapped: Set[nn.Module]) -> list[nn.Module]:
 
 @remembered
 def _mentioned(kind: type) -> frozenset[str]:
-    """The attributes that methods of a class mention."""
-    return frozenset(name for code in _methods(kind) for name in _names(code))
-
-
-def _methods(kind: type) -> Iterator[CodeType]:
-    """The code of a class's methods, but for those that run in a pass or before one."""
+    """The attributes that methods of a class mention which run neither in a pass nor before one."""
+    found: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module or base.__module__.startswith("torch.nn.modules."):
-            return
+            break
         for name, value in vars(base).items():
             function: Any = getattr(value, "__wrapped__", value)  # @torch.no_grad() and the like
             if name not in ("forward", "__init__") and isinstance(function, FunctionType):
-                yield function.__code__
+                found.update(_names(function.__code__))
+    return frozenset(found)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -163,13 +163,9 @@ def _local_axes(axes: ChannelLayout | None, before: Tensor, after: Tensor) -> Ch
         return None
     if all(part.dim != cut[0] for part in axes.parts):
         return axes
-    size, start = _shard(before.shape, mesh, cut[0])
+    # How long this rank's part is, and where it starts: as `torch.chunk`.
+    total = before.shape[cut[0]]
+    length = -(-total // mesh.size())
+    start = min(mesh.get_local_rank() * length, total)
+    size = min(length, total - start)
     return axes.slice(cut[0], start, size) if size == after.shape[cut[0]] else None
-
-
-def _shard(shape: Any, mesh: DeviceMesh, dim: int) -> tuple[int, int]:
-    """How long this rank's part of a sharded axis is, and where it starts: as `torch.chunk`."""
-    total, count, rank = shape[dim], mesh.size(), mesh.get_local_rank()
-    length = -(-total // count)
-    start = min(rank * length, total)
-    return min(length, total - start), start

@@ -87,7 +87,7 @@ def _each_call(call: FunctionCall) -> list[FunctionCall]:
     it has returned.
     """
     given = (*call.args, *call.kwargs.values())
-    lists = [value for value in given if _is_list(value)]
+    lists = [value for value in given if isinstance(value, (tuple, list))]
     out = call.out
     if not isinstance(out, (tuple, list)):  # it has written to its operands, or to what `out` is
         out = call.kwargs.get("out", call.kwargs.get("self", lists[0] if lists else ()))
@@ -122,9 +122,5 @@ def _seen_by_each(call: FunctionCall, tag: Lookup) -> Lookup:
     return seen
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (tuple, list))
-
-
 def _at(value: Sequence[Any] | Any, place: int) -> Any:
-    return value[place] if _is_list(value) else value
+    return value[place] if isinstance(value, (tuple, list)) else value
