@@ -56,10 +56,10 @@ PRIVATE_TORCH = {  # names of torch's own, by room: they belong into torchlib
     "replay": 10,
     "session": 1,
     "storage": 2,
-    "tracing": 6,
+    "tracing": 4,
 }
 FOREIGN_STORES = {  # attributes of other objects that are written, by room
-    "analysis": 26,
+    "analysis": 8,
     "capture": 1,
     "compiled": 25,
     "data": 12,
@@ -74,7 +74,7 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "session": 45,
     "storage": 9,
     "torchlib": 11,
-    "tracing": 83,
+    "tracing": 78,
 }
 
 

@@ -67,8 +67,18 @@ def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """Of an "open" one: one tensor goes in, and it has no weights or only per-channel ones."""
     if not (x.is_floating_point() or x.is_complex()) or len(tensors_in(*args, kwargs)) != 1:
         return False
-    counts = {1, *x.shape[1:2], *x.shape[-1:]}
-    return all(parameter.numel() in counts for parameter in module.parameters())
+    return _has_only(module, {1, *x.shape[1:2], *x.shape[-1:]})
+
+
+def _has_only(module: nn.Module, counts: set[int]) -> bool:
+    """Whether each parameter has one of these numbers of elements; `parameters()` may be theirs."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.numel() not in counts:
+            return False
+    for child in module._modules.values():
+        if child is not None and not _has_only(child, counts):
+            return False
+    return True
 
 
 def is_whole(module: nn.Module) -> bool:
