@@ -188,7 +188,7 @@ class AttentionWatch:
                 trace.record.aliases.watch(held)
                 axes = ChannelLayout.single(1, self._merged)
         made = projection(trace.labels.of(values), values.shape)
-        self._hold(held, axes, trace.scope(), Heads(*known.made, made))
+        self._hold(held, axes, Heads(*known.made, made))
 
     # -- fused --------------------------------------------------------------------------------
 
@@ -216,12 +216,10 @@ class AttentionWatch:
             projection(trace.labels.of(call[n]), call[n].shape) for n in ("query", "key", "value")
         ]
         held = StoredTensor(found, version_of(found), copied=True)
-        self._hold(held, heads, trace.scope(), Heads(*made))
+        self._hold(held, heads, Heads(*made))
 
-    def _hold(
-        self, held: StoredTensor, axes: ChannelLayout | None, scope: nn.Module, heads: Heads
-    ) -> None:
-        trace = self._trace
+    def _hold(self, held: StoredTensor, axes: ChannelLayout | None, heads: Heads) -> None:
+        trace, scope = self._trace, self._trace.scope()
         name = trace.names.of(scope)
         origin = trace.record.next_call("attention", name, f"{name}@attention")
         if not trace.wants.layer(name):

@@ -177,13 +177,9 @@ def on_stack(frame: Any) -> bool:
     return at is not None
 
 
-def running_module(ours: int) -> nn.Module | None:
-    """The module whose call is the innermost on Python's own stack.
-
-    Args:
-        ours: so many callers are not looked at: each look makes a frame object.
-    """
-    at = sys._getframe(ours + 1)
+def running_module() -> nn.Module | None:
+    """The module whose call is the innermost on Python's own stack."""
+    at = sys._getframe(3)  # not at those who ask: each look makes a frame object
     while at is not None and at.f_code is not _CALL and at.f_code is not _METHOD:
         at = at.f_back  # type: ignore[assignment]
     running: nn.Module | None = at.f_locals.get("self") if at is not None else None

@@ -106,7 +106,7 @@ class PassTrace:
         module = self.frames[-1].module
         if self.learning:  # every module is hooked
             return module
-        running = running_module(2)
+        running = running_module()
         if running is None or running is module or running not in self.names.by_module:
             return module
         if any(f.module is running for f in self.frames):
@@ -130,7 +130,7 @@ class PassTrace:
 
     def running(self) -> nn.Module:
         """The innermost module that runs, registered or not."""
-        return running_module(2) or self.frames[-1].module
+        return running_module() or self.frames[-1].module
 
     def pop(self) -> Frame:
         """The innermost call of a module has ended."""
