@@ -1,11 +1,11 @@
 """Running analyses: they see every captured map, and keep none.
 
-    analysis.update(fm)          dead.py, statistics.py, similarity.py, top/   one map, as made
+    analysis.update(fm)          dead.py, statistics.py, similarity.py, top_inputs.py
       -> ByLayer, Groups           _by_layer.py, _keys.py    whose sums the map goes to
       -> Mergeable                 _by_layer.py              of several runs, of all ranks
-      -> sums                      _moments.py, top/strongest.py, _pairs.py
-    analysis["conv1"], a table   summary.py, top/layer_tops.py
-    analysis.plot(), a page      drawn.py
+      -> sums                      _moments.py, _strongest.py, _pairs.py
+    analysis["conv1"], a table   summary.py, layer_tops.py
+    analysis.plot(), a page      drawn.py, _inputs.py (what a data set has)
 
 Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one: see `Analysis`.
 """
@@ -17,10 +17,11 @@ from fmapkit.session import Analysis
 
 if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters
+    from fmapkit.analysis.layer_tops import Context, Hit, LayerTops, Patch
     from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerFirings, LayerStatistics
-    from fmapkit.analysis.top import Context, Hit, LayerTops, Patch, TopInputs
+    from fmapkit.analysis.top_inputs import TopInputs
 
 __all__ = [
     "Analysis",
@@ -42,7 +43,8 @@ _HOMES = {
     "similarity": "Similarity",
     "statistics": "Statistics",
     "summary": "LayerFirings LayerStatistics",
-    "top": "Context Hit LayerTops Patch TopInputs",
+    "layer_tops": "Context Hit LayerTops Patch",
+    "top_inputs": "TopInputs",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

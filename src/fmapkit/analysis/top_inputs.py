@@ -13,8 +13,8 @@ from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import Held, Mergeable
 from fmapkit.analysis._keys import Filters, Name, steps_since
-from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
-from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
+from fmapkit.analysis._strongest import Scores, Strongest, by_sample, scores_of
+from fmapkit.analysis.layer_tops import HEADS, LayerTops, row
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
 from fmapkit.tables import Shown, Table
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis.top.inputs import fields_for, image_of, sequence_of
+from fmapkit.analysis._inputs import fields_for, image_of, sequence_of
 from fmapkit.errors import ArgumentError, FilterRangeError
 from fmapkit.tables import Shown, Table
 
