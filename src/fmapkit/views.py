@@ -194,9 +194,7 @@ def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
             **tags(fm),
         )
     values = values[:, :, tokens - rows * columns :]
-    stride = values.stride()
-    shape = (*values.shape[:2], rows, columns)
-    return _as(fm, values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2])))
+    return _as(fm, values.view(*values.shape[:2], rows, columns))
 
 
 def unnormalised(

@@ -125,9 +125,7 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
         order = [dim, *sorted(kept[1:], key=lambda d: -strides[d])]
     else:
         order = sorted(kept, key=lambda d: -strides[d])
-    outer = 1
-    for d in order[: order.index(dim)]:
-        outer *= tensor.shape[d]
+    outer = math.prod(tensor.shape[d] for d in order[: order.index(dim)])
     dropped = [d for d in range(tensor.dim()) if d not in kept]
     return tensor.permute(*order, *dropped).reshape(outer, count, size // (outer * count))
 

@@ -22,6 +22,7 @@ from fmapkit.provenance import Function, FunctionCall, words
 from fmapkit.storage import Aliases
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.operators import tree_leaves
 from fmapkit.tracing.frames import Frame
 
 # Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
@@ -112,7 +113,7 @@ class InputRead:
         """What a value that was read says: a truth, or of what form it is; and its numbers."""
         if not self.whole:
             return bool(value), ()
-        return (_form_of(value), tuple(_flat(value))) if type(value) is list else (None, (value,))
+        return _form_of(value), tuple(tree_leaves(value))
 
 
 def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
@@ -132,14 +133,6 @@ def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
 def _form_of(value: Any) -> Any:
     """How many numbers there are, in a list, or in lists in it."""
     return (list, *map(_form_of, value)) if type(value) is list else None
-
-
-def _flat(value: Any) -> Iterator[int]:
-    if type(value) is list:
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
 
 
 # How a tensor was made: it, the function, what that was given by place and by keyword, and how
