@@ -6,7 +6,7 @@ propagate          propagate.py  one call of torch: which rule, and what its res
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
   rules            rules.py, index_rules.py
     ChannelLayout  layout.py             filters along axes, through reshapes and slices
-  sometimes        conditional_sigma.py  it is σ in some of its calls
+  sometimes        conditional_sigma.py  it is σ in some of its calls; a module, by hand
 weights            weights.py            from which rows of which parameter a map came
 """
 
@@ -17,6 +17,7 @@ from fmapkit.provenance.attention import probabilities as probabilities
 from fmapkit.provenance.attention import projection as projection
 from fmapkit.provenance.conditional_sigma import FOLLOWED as FOLLOWED
 from fmapkit.provenance.conditional_sigma import SOMETIMES as SOMETIMES
+from fmapkit.provenance.conditional_sigma import Linearity as Linearity
 from fmapkit.provenance.conditional_sigma import Pointwise as Pointwise
 from fmapkit.provenance.conditional_sigma import chooses_unseen as chooses_unseen
 from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_sigma
@@ -56,7 +57,6 @@ from fmapkit.provenance.layer_ops import weighs as weighs
 from fmapkit.provenance.layer_ops import weight_operand as weight_operand
 from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
 from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
-from fmapkit.provenance.linearity import Linearity as Linearity
 from fmapkit.provenance.propagate import carried as carried
 from fmapkit.provenance.propagate import past_sigma as past_sigma
 from fmapkit.provenance.propagate import sigma_axes as sigma_axes
