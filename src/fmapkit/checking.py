@@ -49,12 +49,9 @@ class _Extremes(NamedTuple):
     high: Tensor
 
 
-def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | None:
-    """The least and the greatest value along all axes but one; whether that one is left.
-
-    Returns:
-        None of what has no values, or none that could be infinite.
-    """
+def _extremes(fm: FeatureMap, tensor: Tensor) -> _Extremes | None:
+    """Of a map, or of its gradient; None of what has no values, or none that could be infinite."""
+    dim = fm.filter_dim if fm.filters is not None else None
     tensor = ends_of(tensor)[-1].detach()  # of a DTensor, this rank's part
     if tensor.is_quantized or tensor.device.type == "meta":
         return None
@@ -73,18 +70,10 @@ def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | N
         tensor = tensor.float()  # torch computes nothing in eight bits
     if dim is None:
         low, high = tensor.aminmax()
-        return low.reshape(1), high.reshape(1), False
+        return _Extremes(fm, None, low.reshape(1), high.reshape(1))
     others = [d for d in range(tensor.dim()) if d != dim % tensor.dim()]
-    return (tensor.amin(others), tensor.amax(others), True) if others else (tensor, tensor, True)
-
-
-def _extremes(fm: FeatureMap, tensor: Tensor) -> _Extremes | None:
-    """Of a map, or of its gradient."""
-    found = _reduced(tensor, fm.filter_dim if fm.filters is not None else None)
-    if found is None:
-        return None
-    low, high, by_filter = found
-    return _Extremes(fm, fm.filters if by_filter else None, low, high)
+    low, high = (tensor.amin(others), tensor.amax(others)) if others else (tensor, tensor)
+    return _Extremes(fm, fm.filters, low, high)
 
 
 def _all_finite(found: Iterable[_Extremes]) -> bool:

@@ -147,8 +147,7 @@ class Names:
 
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
-        found = self._owners.get(id(value))
-        if found is not None and found[0] is value:
+        if self.owners(value):
             return True
         if type(value) is not Tensor and isinstance(value, nn.Parameter):
             return True
@@ -367,14 +366,9 @@ def _places(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _walk(module: nn.Module, prefix: str, places: list[tuple[str, nn.Module]]) -> None:
     """`named_modules`, a module at each of its places, without the level of a wrapper."""
     places.append((prefix, module))
-    children = module._modules
-    if children:
+    if module._modules:
         inner = inner_key(module)
-        for key, child in children.items():
+        for key, child in module._modules.items():
             if child is not None:
-                place = key if not prefix else f"{prefix}.{key}"
-                place = prefix if key == inner else place
-                if child._modules:
-                    _walk(child, place, places)
-                else:
-                    places.append((place, child))
+                place = f"{prefix}.{key}" if prefix else key
+                _walk(child, prefix if key == inner else place, places)
