@@ -1,4 +1,4 @@
-"""A hook of ours on one call of a module: before it, or after it."""
+"""A hook of ours, called after each call of a module, and what stands around such calls."""
 
 from __future__ import annotations
 
@@ -38,15 +38,7 @@ class Hook:
 
     def after(self, module: nn.Module) -> CallOverride:
         """Be called after each call of a module: (module, args, output)."""
-        made = _After(self)
-        made.stand(module)
-        return made
-
-    def before(self, module: nn.Module) -> CallOverride:
-        """Be called before each call of a module: (module, args)."""
-        made = _Before(self)
-        made.stand(module)
-        return made
+        return _After(self).stand(module)
 
     def disarm(self) -> None:
         """Let go of the session; a call that it belongs to may be under way just then."""
@@ -160,28 +152,3 @@ class _After(Around):
             given.over()
         self.hook(module, given.args, output)
         return output
-
-
-class _Before(Around):
-    """Stands for a forward pre hook.
-
-    Args:
-        hook: (module, args) -> None.
-    """
-
-    __slots__ = ("hook",)
-
-    def __init__(self, hook: Hook) -> None:
-        self.hook = hook
-        self.owner = hook.owner
-
-    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        given = Given(self.owner, module, args, kwargs)
-        try:
-            given.tell(self._begins)
-            return self.inner(*args, **kwargs)
-        finally:
-            given.over()
-
-    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.hook(module, args)

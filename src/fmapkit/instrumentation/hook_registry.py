@@ -46,7 +46,7 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
 
 
 _NOT_THEIRS = ("torch.", f"{__name__.partition('.')[0]}.")
-_ROLES = ("around", "outside", "after", "before")
+_ROLES = ("around", "outside", "after")
 # Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
 _COMPUTE = {kind.__call__ for kind in (BasePruningMethod, SpectralNorm, WeightNorm)}
 
@@ -162,10 +162,8 @@ class Hooks:
             if module in there or module is model or not self._may_stand(module):
                 continue
             self._remove("after", module)
-            self._remove("before", module)
             pair = Pair(self.owner, pre, post, self._broken_off)
-            pair.stand(module)
-            there[module] = pair, pair
+            there[module] = pair, pair.stand(module)
 
     def watched_around(
         self, module: nn.Module, pre: Any, post: Any, overwritten: Callable[[], None]
@@ -195,8 +193,7 @@ class Hooks:
         for module in modules:
             if module not in self._set["outside"] and self._may_stand(module):
                 made = Outside(self.owner, pre, post)
-                made.stand(module, first=True)
-                self._set["outside"][module] = made, made
+                self._set["outside"][module] = made, made.stand(module, first=True)
 
     def after(self, module: nn.Module, hook: Hook) -> bool:
         """Have a hook called after a module's calls, unless a pair of ours serves.
@@ -204,31 +201,20 @@ class Hooks:
         Returns:
             Whether it took the place of a hook of another type.
         """
-        return self._single("after", module, hook)
-
-    def before(self, module: nn.Module, hook: Hook) -> bool:
-        """Have it called before them, with the same reserve."""
-        return self._single("before", module, hook)
-
-    def _single(self, role: str, module: nn.Module, hook: Hook) -> bool:
-        if self.is_around(module) or not self._may_stand(module):
+        around = module in self._set["around"] or self._model() is module
+        if around or not self._may_stand(module):
             return False
-        before = self._set[role].get(module)
+        before = self._set["after"].get(module)
         if before is not None and before[0].is_like(hook):
             return False
-        self._remove(role, module)
-        standing = hook.after(module) if role == "after" else hook.before(module)
-        self._set[role][module] = hook, standing
+        self._remove("after", module)
+        self._set["after"][module] = hook, hook.after(module)
         return before is not None
 
     def modules(self) -> set[nn.Module]:
         """The modules with anything of ours."""
         model = self._model()
         return {*({model} if model is not None else ()), *chain.from_iterable(self._set.values())}
-
-    def is_around(self, module: nn.Module) -> bool:
-        """Whether a module has a pair of ours."""
-        return module in self._set["around"] or self._model() is module
 
     def _model(self) -> nn.Module | None:
         pair = self._watched() if self._watched is not None else None

@@ -269,9 +269,7 @@ def _stand(kind: type[CallTap], module: nn.Module, tap: HookTap) -> CallTap | No
     with lock:
         if not (free if kind is OutputCallTap else can_stand)(module):
             return None
-        found = kind(module, tap)
-        found.stand(module)
-    return found
+        return kind(module, tap).stand(module)
 
 
 _TAPS = {

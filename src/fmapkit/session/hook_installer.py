@@ -109,7 +109,6 @@ class HookInstaller:
             self._beyond = False
             self._hooks.drop("after")
             self._hooks.drop("outside")
-            self._hooks.drop("before")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
             self._scopes = False
@@ -145,7 +144,6 @@ class HookInstaller:
     def no_taps(self) -> None:
         """A region is about to be learned."""
         self._hooks.drop("after")
-        self._hooks.drop("before")
         self.tapped.clear()
 
     def in_recording(self, region: nn.Module) -> None:

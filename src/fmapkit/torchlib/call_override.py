@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from typing_extensions import Self
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,7 +132,7 @@ class CallOverride:
     owner: object
     inner: Any
 
-    def stand(self, module: nn.Module, first: bool = False) -> None:
+    def stand(self, module: nn.Module, first: bool = False) -> Self:
         """Take the place, behind whoever of ours is there, or before them; it has to be `free`.
 
         Behind them, it takes part in a call that one of them has begun and not passed on.
@@ -143,13 +144,14 @@ class CallOverride:
             if module.__dict__.get(_PLACE) is None:
                 self.inner = module._call_impl
                 module.__dict__[_PLACE] = self
-                return
+                return self
             there = standing_before(module)
             self.inner = there[0] if first and there else module._call_impl
             if first or not there:
                 module.__dict__[_PLACE] = self
             else:
                 there[-1].inner = self
+        return self
 
     def leave(self) -> None:
         """Give the place back; the others stay. A call that is under way goes on."""
