@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit.paths.fixed_attributes import FixedAttributes
+from fmapkit.paths.control import fixed_attributes
 from fmapkit.paths.rewriting.source_files import name_in_source, qualified_name
 from fmapkit.paths.survey import is_trusted
 
@@ -100,7 +100,7 @@ class _Net(nn.Module):
 
 
 def test_children_of_every_module_of_a_class_are_fixed() -> None:
-    fixed, (one, two) = FixedAttributes, (_Net(), _Net())
+    fixed, (one, two) = fixed_attributes, (_Net(), _Net())
     assert {"one", "forward"} <= fixed([one, two])(_Net.forward.__code__)
     two.one = None  # type: ignore[assignment]
     found = fixed([one, two])(_Net.forward.__code__)

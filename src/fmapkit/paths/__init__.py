@@ -4,9 +4,8 @@
         twins.Twins                 functions run twins of their code while the block is open
             rewriting/              … which are made here
         recorders                   what a twin calls at each decision
-            items                   … an item of a plain value, or of a callable
+            items                   … an item of a plain value, or of a callable; what a call runs
             elements                … of what Python goes through
-            called_functions        … which function a call runs
         sinks.DecisionSink          where the decisions of this thread's pass go
         branches                    what bytecode says of a branch, and of an exception
         survey.Survey               which functions ran that do not record yet

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import sinks
-from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
+from fmapkit.paths.rewriting import qualified_name
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
-from fmapkit.paths.twins import Twins, call_site
+from fmapkit.paths.twins import Fixed, Twins, call_site
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.fused.paths import functions_inside
 from fmapkit.torchlib.nested import modules_in
 
@@ -32,7 +33,6 @@ class ControlPaths:
     """The control paths of one capture's passes.
 
     Args:
-        model: the captured one.
         place_of: names the place of a parameter in the model; None for any other tensor.
         running: the modules whose calls are under way, outermost first.
     """
@@ -62,7 +62,7 @@ class ControlPaths:
         found = {getattr(type(m).__getattribute__, "__code__", None) for m in self._modules}
         self._lookers = frozenset(code for code in found if code is not None)
         self.twins.clear()
-        self.twins = Twins(FixedAttributes(self._modules))
+        self.twins = Twins(fixed_attributes(self._modules))
         self._doubted.clear()
         self._ready = False
 
@@ -133,10 +133,6 @@ class ControlPaths:
     def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
         """The call has ended.
 
-        Args:
-            items: its path.
-            module: that was called.
-
         Returns:
             Whether every function that ran has recorded; and the modules in which code ran that
             cannot record, which are to be traced in every pass.
@@ -166,10 +162,6 @@ class ControlPaths:
             survey.stop()
         return survey
 
-    def renamed(self) -> bool:
-        """Whether a name in one of torch's modules stands for something else than it did."""
-        return self.twins.renamed()
-
     def expect(self, path: list[Any] | None) -> Expected:
         """A call begins that is taken to take a path."""
         return Expected(self._sink.items if self._sink is not None else [], self.position, path)
@@ -192,7 +184,6 @@ class ControlPaths:
 
         Args:
             asking: the innermost frame that may have called it.
-            function: it.
         """
         frame: types.FrameType | None = asking
         while frame is not None and frame.f_code.co_filename.startswith(_OURS):
@@ -241,3 +232,41 @@ def _lasting(item: Any) -> Any:
     if isinstance(item, tuple):
         return tuple(map(_lasting, item))
     return type(item) if isinstance(item, nn.Module) else item
+
+
+# -- attributes that need no look -----------------------------------------------------------------
+
+
+def fixed_attributes(modules: Iterable[nn.Module]) -> Fixed:
+    """Tells which attributes of a method's first argument need no look where code reads them.
+
+    In `self.conv(x)`, what is called need not be recorded where `conv` is a child of every module
+    that the method may belong to: the model's structure is compared before each pass. The same
+    holds for functions of a module's class, which mark where they begin.
+    """
+    of_class: dict[str, frozenset[str]] = {}
+    for module in modules:
+        names, functions = _of_own_code(type(module))
+        if not names:
+            continue
+        children = {name for name, child in module._modules.items() if child is not None}
+        own = (functions | children).difference(module.__dict__)
+        for name in names:
+            of_class[name] = own & of_class.get(name, own)
+
+    def fixed(code: types.CodeType) -> frozenset[str]:
+        owner = qualified_name(code).partition(".<locals>")[0].rpartition(".")[0]
+        return of_class.get(owner, frozenset())
+
+    return fixed
+
+
+@remembered
+def _of_own_code(kind: type) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The classes of a module that are not torch's, by name, and the functions of all of them."""
+    found: dict[str, object] = {}
+    for base in reversed(kind.__mro__):
+        found.update(vars(base))
+    functions = frozenset(n for n, v in found.items() if type(v) is types.FunctionType)
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return tuple(b.__qualname__ for b in bases if not b.__module__.startswith("torch.")), functions

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, sinks
@@ -44,9 +45,12 @@ _SHARED = frozenset({type(None), types.ModuleType})
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
 _NO_KEYS = (dict,)
 
+_WRAPPED = (staticmethod, classmethod)
+
 # Past what a metaclass may say.
 _name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
 _bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
+_order_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 
 
 class _InTorch(dict[str, bool]):
@@ -255,3 +259,47 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((set, frozenset, slice), flat),
     nn.Parameter: _tensor,
 }
+
+
+# -- which function of Python's a call runs, told without running code to find it ----------------
+
+_CALL = nn.Module.__call__
+
+
+def function_at(to: Any, name: str | None) -> Any:
+    """The function of Python's that a call runs, if no code has to run to find it."""
+    kind = type(to)
+    if issubclass(kind, nn.Module):
+        if kind.__getattribute__ is not object.__getattribute__:
+            return None
+        own = object.__getattribute__(to, "__dict__")
+        if name is None:
+            return _forward_of(to)
+        child = own["_modules"].get(name)
+        return _forward_of(child) if child is not None else own.get(name) or _in_class(kind, name)
+    if name is None:
+        return to
+    if kind is types.ModuleType:
+        return vars(to).get(name)
+    if kind is type(Function) and name == "apply":
+        return _in_class(to, "forward") if _in_class(to, name) is _APPLY else None
+    return _in_class(to, name) if kind is type else None
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The forward that a call of a module runs, if that is its class's own."""
+    kind = type(module)
+    if kind.__getattribute__ is not object.__getattribute__ or kind.__call__ is not _CALL:
+        return None
+    return None if "forward" in module.__dict__ else _in_class(kind, "forward")
+
+
+def _in_class(kind: type, name: str) -> Any:
+    for base in _order_of(kind):
+        if name in base.__dict__:
+            found = base.__dict__[name]
+            return found.__func__ if type(found) in _WRAPPED else found
+    return None
+
+
+_APPLY = _in_class(Function, "apply")

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from fmapkit.paths.called_functions import function_at
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
     CALLABLES,
@@ -27,6 +26,7 @@ from fmapkit.paths.items import (
     PLAIN,
     TRUE,
     Fixed,
+    function_at,
     ignore,
     item_of_builtin,
     item_of_class,
@@ -154,10 +154,8 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
     So it is with floats that are annealed: they are another one in each pass, and decide nothing.
 
     Args:
-        append: what items are given to.
         to: what is called, or what has that as an attribute; None for a function of torch's.
         name: of this, or of the attribute; None if `to` is called itself.
-        given: the argument.
     """
     kind = type(given)
     if kind in PLAIN:

@@ -1,8 +1,8 @@
 """Plain attributes of modules, compared before each call of a region.
 
-Torch's own code may decide by them, and it does not record. All other code does; but where an
-attribute is another one than before, it is better to know that beforehand. (What is assigned to
-attributes of torch's modules while a pass runs is recorded: see `paths/fixed_attributes.py`.)
+Torch's own code may decide by them, and it does not record: what is assigned to attributes that it
+reads, while a pass runs, is recorded there (`OF_TORCHS`). All other code records what it reads; but
+where an attribute is another one than before, it is better to know that beforehand.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ _NONE = object()
 
 
 class AttributeGuard:
-    """The states that the attributes of a module, and of all modules in it, have been in.
-
-    Args:
-        module: the outermost.
-    """
+    """The states that the attributes of a module, and of all modules in it, have been in."""
 
     __slots__ = (
         *("_count", "_dicts", "_getters", "_latest", "_lengths", "_looked_at", "_modules"),
@@ -134,12 +130,7 @@ class AttributeGuard:
         return number in self._numbers
 
     def differ_in_floats(self, one: int, other: int) -> bool:
-        """Whether nothing but floats differs in two states, as where some are annealed.
-
-        Args:
-            one: the number of a state.
-            other: that of another.
-        """
+        """Whether nothing but floats differs in two states, as where some are annealed."""
         changed = list(self._changes(one, other))
         return all(type(v) is float for _, pair in changed for v in pair) and not any(
             _is_torchs(module) for module, _ in changed
@@ -150,8 +141,6 @@ class AttributeGuard:
 
         Args:
             numbers: pairs of what each of them is in the one, and in the other.
-            one: the number of a state.
-            other: that of another.
         """
         return bool(numbers) and any(pair in numbers for _, pair in self._changes(one, other))
 
@@ -174,10 +163,6 @@ class AttributeGuard:
         """Compare no more what differs in two states in which the same path was taken.
 
         Attributes that torch's own code may decide by are compared all the same.
-
-        Args:
-            one: the number of a state.
-            other: that of another.
 
         Returns:
             The number that stands for both from now on; none that was given before holds.

@@ -50,33 +50,20 @@ UNEDITED = (
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A call of a region that is read by a plan: if the next one is given the same, it is its twin.
+    """A call that is read by a plan: if the region's next one is given the same, it is its twin."""
 
-    Attributes:
-        origins: what its inputs carried (see `carried`); None where nothing around it is known.
-        state: which the region was in.
-        modes: that it ran in.
-        given: see `plain_spec`.
-        known: the paths of its kind.
-        given_sizes: of its inputs.
-        sizes: the same, with the numbers that it has read.
-        plan: by which it is read.
-        items: of the path that it is taken to take; None if their numbers were not known.
-        reads: what calls of its form read of their inputs.
-        truths: what it has read.
-    """
-
-    origins: Any
-    state: int
-    modes: Any
-    given: Any
-    known: KnownPaths[Plan]
-    given_sizes: Sizes
-    sizes: Sizes
-    plan: Plan
+    origins: Any  # what its inputs carried (see `carried`); None where nothing around it is known
+    state: int  # which the region was in
+    modes: Any  # that it ran in
+    given: Any  # see `plain_spec`
+    known: KnownPaths[Plan]  # the paths of its kind
+    given_sizes: Sizes  # of its inputs
+    sizes: Sizes  # the same, with the numbers that it has read
+    plan: Plan  # by which it is read
+    # Of the path that it is taken to take; None if their numbers were not known.
     items: list[Any] | None
-    reads: InputTruths | None
-    truths: Truths | None
+    reads: InputTruths | None  # what calls of its form read of their inputs
+    truths: Truths | None  # what it has read
 
     def reads_the_same(self, region: ReplayRegion, tensors: list[Tensor]) -> bool:
         """Whether another call of the region, given the like, will read the same of it."""
@@ -198,7 +185,7 @@ class RegionCalls:
         modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()
         current = self._live.current
         edits = self._edits.active(current.step) if self._edits and current is not None else ()
-        return modes, fusing, self._paths.renamed(), edits
+        return modes, fusing, self._paths.twins.renamed(), edits
 
     def _start(
         self,
@@ -363,7 +350,6 @@ class RegionCalls:
         """A region's call has taken a way that is not its plan's.
 
         Args:
-            run: of the call.
             keeps: what was read before stays.
         """
         assert self._taking is not None and self._region is not None
