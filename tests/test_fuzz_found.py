@@ -702,16 +702,19 @@ class Reloaded(nn.Module):
         return torch.tanh((self.first if 0 < _chosen() < 2 else self.second)(x))
 
 
-def test_a_function_that_is_given_other_code_gets_a_twin_of_that() -> None:
-    own, twins = _chosen.__code__, Twins()
+@pytest.mark.parametrize("end", [Twins.clear, Twins.rest])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_function_that_is_given_other_code_gets_a_twin_of_that(end: Any, both: bool) -> None:
+    own, other, twins = _chosen.__code__, _one.__code__, Twins()
     try:
         assert twins.exchange(_chosen)
+        assert not both or twins.exchange(_one)  # so that the other code is a twin's
         _chosen.__code__ = _one.__code__
         twins.set_again()
         assert is_twin(_chosen.__code__)
         assert _chosen() == 1
-        twins.clear()
-        assert _chosen.__code__ is _one.__code__
+        end(twins)
+        assert _chosen.__code__ is _one.__code__ is other
     finally:
         _chosen.__code__ = own
 

@@ -54,8 +54,6 @@ def twin_of(code: types.CodeType, names: dict[str, Any], attributes: frozenset[s
     """The twin of a piece of code; None where its source is not to be had.
 
     Args:
-        code: the original.
-        names: globals of the function that runs it.
         attributes: that are known to be fixed (see `Twins`).
     """
     with _lock:
@@ -77,7 +75,6 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
 
     Args:
         frame: the one that the function was called from, or the function's own.
-        function: it.
     """
     own = getattr(function, "__code__", None)
     while frame is not None and (frame.f_code is own or id(frame.f_code) in _HANDING_ON):
@@ -92,11 +89,7 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
 
 
 def keeps_number(frame: types.FrameType) -> bool:
-    """Whether a number that code is about to get is kept or printed, and decides nothing.
-
-    Args:
-        frame: that runs the code.
-    """
+    """Whether a number that code is about to get is kept or printed, and decides nothing."""
     run = _run_in(frame)
     if run is None or run[1] is None or not run[1].kept:
         return False
@@ -133,7 +126,6 @@ def _site_in(frame: types.FrameType, sites: dict[int, str]) -> str:
     """The place of what is under way in a frame that runs a twin.
 
     Args:
-        frame: it.
         sites: the places in its code that are known, by instruction.
     """
     site = sites.get(frame.f_lasti)
@@ -148,9 +140,7 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
     """Whether a function is what is called at a place, and not what another one calls in its turn.
 
     Args:
-        function: that is under way.
         name: what stands at the place: the last part of it, after "." if there is more.
-        frame: that runs the code.
     """
     if name is None:
         return False
@@ -184,14 +174,13 @@ class Twins:
     Args:
         fixed: of a method's code: the attributes of its first argument that are compared before
             each pass by other means, for every module that the method may belong to.
-
-    Attributes:
-        watched: functions of torch's that these, and torch's own modules, call by a name, by place.
     """
 
     def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
+        # Functions of torch's that these, and torch's own modules, call by a name, by
+        # place.
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         # Where these are, of how many that is known, and whether any is another one.
         self._spaces, self._spaces_of, self._renamed = DictWatch(()), 0, False
@@ -211,6 +200,7 @@ class Twins:
                 return False  # another capture has set a twin that asks for other things
             if known is None or not ours:
                 known = _set[function] = [0 if known is None else known[0], original, twin.fixed]
+            known[1] = original  # the model's code may have given it another's, which runs a twin
             function.__code__ = twin.code
             if function not in self._mine:
                 known[0] += 1
@@ -230,9 +220,10 @@ class Twins:
             self.watched.setdefault((id(space), name), (space, name, what))
 
     def rest(self) -> list[Resting]:
-        """Give every function its own code back until `wake`; what to wake.
+        """Give every function its own code back, unless another capture wants its twin.
 
-        To look a twin up takes a hash of its original, and that a look at all of its instructions.
+        Returns what to `wake`: to look a twin up takes a hash of its original, and that a look at
+        all of its instructions.
         """
         found = []
         with _lock:
@@ -241,14 +232,13 @@ class Twins:
                 if known is None:
                     continue
                 now = function.__code__
-                ours = now is twin or is_twin(now)
-                found.append((function, now if ours else twin, known[1]))
+                own = known[1] if now is twin else _own_code(function)
+                found.append((function, twin, known[1]) if own is now else (function, now, own))
                 known[0] -= 1
                 _take_back(function.__globals__)
                 if not known[0]:
                     del _set[function]
-                    if ours:
-                        function.__code__ = known[1]
+                    function.__code__ = own
         self._mine.clear()
         return found
 
@@ -326,18 +316,8 @@ class Twins:
         return list(self._mine)
 
     def clear(self) -> None:
-        """Give every function its own code back, unless another capture wants its twin."""
-        with _lock:
-            for function in self._mine:
-                known = _set.get(function)
-                if known is None:
-                    continue
-                known[0] -= 1
-                _take_back(function.__globals__)
-                if not known[0]:
-                    function.__code__ = _own_code(function)
-                    del _set[function]
-        self._mine.clear()
+        """The same for good."""
+        self.rest()
         self.watched.clear()
         self._spaces_of, self._renamed = 0, False
 
