@@ -4,8 +4,7 @@
         source_files            the file, and the function in it, that code is of
         rewrite.Rewriter        the same code with a recorder at each decision
             calls.CallRewriting         … what is called, and what that is given
-            picking.Picking     … where Python itself picks one of several values
-            inserting           … marks, and looks at a value on its way
+            inserting.Inserting … marks, looks at a value on its way, and where Python picks
             library_calls       … what functions of Python's own library go by
             kept_numbers        … but not what is only kept or printed
         torch_calls             calls in torch's own transformer layers

@@ -6,6 +6,7 @@ import ast
 import builtins
 from typing import Any, TypeGuard
 
+from fmapkit.paths.rewriting.inserting import Inserting
 from fmapkit.paths.rewriting.kept_numbers import PUT, writes_out
 from fmapkit.paths.rewriting.library_calls import (
     HARMLESS,
@@ -14,7 +15,6 @@ from fmapkit.paths.rewriting.library_calls import (
     object_named,
     takes_all,
 )
-from fmapkit.paths.rewriting.picking import Picking
 from fmapkit.paths.rewriting.syntax import (
     first_argument,
     names_bound,
@@ -37,13 +37,12 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 }
 
 
-class CallRewriting(Picking, ast.NodeTransformer):
+class CallRewriting(Inserting, ast.NodeTransformer):
     """Makes the calls of recorders that look at other calls.
 
     Args:
         place: names the function, for its marks.
         names: its globals.
-        node: the function.
         fixed: attributes of its first argument that are compared before each pass: children, and
             functions of its class.
         tapped: the places of calls at which a tap may be set.

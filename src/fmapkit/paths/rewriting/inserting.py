@@ -1,17 +1,28 @@
-"""What is put into the code of a twin: marks, and calls that look at a value on its way."""
+"""What is put into the code of a twin: marks, calls that look at a value on its way, and what goes
+around the parts of code by which Python itself picks one of several values.
+"""
 
 from __future__ import annotations
 
 import ast
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fmapkit.paths.rewriting.syntax import MARK
+from fmapkit.paths.rewriting.library_calls import calls_back, goes_through
+from fmapkit.paths.rewriting.syntax import MARK, is_row
 from fmapkit.paths.rewriting.torch_calls import recorded
 
 _Node = TypeVar("_Node", bound=ast.AST)
 
 # What a function's marks are given to, while it runs. No identifier of a model's can be that.
 APPEND = f"{MARK}append"
+
+# Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
+PYTHON_GOES_BY = {
+    *("__bool__", "__contains__", "__eq__", "__exit__", "__ge__", "__getitem__", "__gt__"),
+    *("__hash__", "__index__", "__instancecheck__", "__iter__", "__le__", "__length_hint__"),
+    *("__lt__", "__ne__", "__next__", "__reversed__", "__subclasscheck__"),
+}
+_HANDS_ON = {"__getitem__", "__iter__", "__next__", "__reversed__"}
 
 
 class Inserting:
@@ -20,13 +31,18 @@ class Inserting:
     Args:
         place: names the function, for its marks.
         own: the variable that is the module which a method runs of; None if there is none.
+        rows: names that may stand for lists and tuples.
     """
 
-    def __init__(self, place: str, own: str | None) -> None:
+    def __init__(self, place: str, own: str | None, rows: frozenset[str]) -> None:
         self._place = place
         self._self = own
+        self._rows = rows
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to
+        self._ranks: set[ast.AST] = set()  # lambdas by which something is sorted
+        self._keys: set[ast.AST] = set()  # lambdas by which something is picked otherwise
+        self._picked_from: set[ast.AST] = set()  # calls of `map` whose results Python picks from
 
     def _site(self, node: ast.AST) -> ast.Constant:
         self._count += 1
@@ -66,19 +82,20 @@ class Inserting:
         item = ast.Call(self._append(), [ast.Name(name, ast.Load())], [])
         return ast.copy_location(ast.IfExp(test, item, otherwise), otherwise)
 
-    def _looked_at(self, node: _Node, *parts: str, how: str = "value") -> _Node:
+    def _looked_at(
+        self, node: _Node, *parts: str, how: str = "value", first: tuple[ast.expr, ...] = ()
+    ) -> _Node:
         """`node`, with the values of some parts of it looked at."""
         for part in parts:
             value = getattr(node, part)
             if value is not None:
-                setattr(node, part, self._value(value, how))
+                setattr(node, part, self._value(value, how, *first))
         return node
 
     def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
         """An argument or an index, looked at; in a display, each of its elements.
 
         Args:
-            node: it.
             how: by which recorder: "value", or another where Python goes through it or picks.
             first: what else that is given.
         """
@@ -96,11 +113,7 @@ class Inserting:
             node.values = [self._value(v, each, *of) for v in node.values]
             return node
         if isinstance(node, ast.Slice):
-            for part in ("lower", "upper", "step"):
-                value = getattr(node, part)
-                if value is not None:
-                    setattr(node, part, self._value(value, how, *first))
-            return node
+            return self._looked_at(node, "lower", "upper", "step", how=how, first=first)
         if isinstance(node, ast.Starred):
             return self._looked_at(node, "value", how="unpacked" if hands_on else "elements")
         looked_at = recorded(how, node, node, self._append(), *first)
@@ -112,3 +125,89 @@ class Inserting:
             same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
             return self._unless_tensor(node.id, same, looked_at)
         return looked_at
+
+    # -- where Python itself picks ----------------------------------------------------------------
+
+    def _hand_on(self, node: ast.Call, found: Any) -> None:
+        """What a function gives back to code in C is looked at; and so is a list that is sorted."""
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "sort":
+            self._looked_at(node.func, "value", how="elements")
+        at, name, how = self._calls_back(node, found)
+        if at is not None and at < len(node.args):
+            node.args[at] = self._keyed(node.args[at], how)
+        for keyword in node.keywords:
+            if keyword.arg == name is not None:
+                keyword.value = self._keyed(keyword.value, how)
+
+    def _calls_back(self, node: ast.Call, found: Any) -> tuple[int | None, str | None, str]:
+        at, name, how = calls_back(node, found)
+        return at, name, "keyed" if how == "mapped" and node in self._picked_from else how
+
+    def _goes_through(self, node: ast.Call, found: Any) -> str | None:
+        """The recorder of what a call goes through (see `goes_through`)."""
+        how = goes_through(node, found)
+        if how in ("elements", "keys", "ordered") or found in (max, min):
+            self._picked_from.update(a for a in node.args if isinstance(a, ast.Call))
+        return "elements" if how == "unpacked" and node in self._picked_from else how
+
+    def _before_hand_on(self, node: ast.Call, found: Any) -> None:
+        """Of a lambda that ranks, what it is given tells whether its result needs a look."""
+        at, name, how = self._calls_back(node, found)
+        keys = [k.value for k in node.keywords if k.arg == name]
+        if at is not None:
+            keys += node.args[at : at + 1]
+        for key in keys:
+            if isinstance(key, ast.Lambda):
+                if how == "ranking" and key.args.args:
+                    self._ranks.add(key)
+                elif how != "mapped":
+                    self._keys.add(key)
+
+    def _keyed(self, function: ast.expr, how: str) -> ast.expr:
+        if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
+            return function
+        return recorded(how, function, function, self._append())
+
+    def _ranked(self, name: str, node: ast.expr) -> ast.expr:
+        """A number by which something is sorted, looked at unless that is plain itself."""
+        of = ast.copy_location(ast.Name(name, ast.Load()), node)
+        return recorded("ranked", node, node, self._append(), of)
+
+    def _picked(self, node: ast.expr) -> ast.expr:
+        """One of several to pick from, looked at unless it is a number."""
+        if isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp | ast.GeneratorExp):
+            return node
+        if isinstance(node, ast.Starred):
+            return ast.copy_location(ast.Starred(self._picked(node.value), node.ctx), node)
+        return recorded("picked", node, node, self._append())
+
+    def _times(self, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr]:
+        """Two factors, with a look at the one by which a list, tuple or string is repeated."""
+        if is_row(left):
+            return left, self._value(right, _repeats(left))
+        if is_row(right):
+            return self._value(left, _repeats(right)), right
+        if isinstance(left, ast.Name) and left.id in self._rows:
+            return left, self._repeated(left, right)
+        if isinstance(right, ast.Name) and right.id in self._rows:
+            return self._repeated(right, left), right
+        return left, right
+
+    def _repeated(self, row: ast.Name, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Constant):
+            return node
+        append, same = self._append(), ast.Name(row.id, ast.Load())
+        return recorded("repeated", node, node, append, ast.copy_location(same, row))
+
+
+def _repeats(row: ast.expr) -> str:
+    """The recorder of how often a display is repeated: of numbers, shapes are made."""
+    elements = row.elts if isinstance(row, ast.List | ast.Tuple) else []
+    return "value" if all(isinstance(e, ast.Constant) for e in elements) else "exact"
+
+
+def returned_by(name: str) -> str:
+    """The recorder of what a function gives back to code in C."""
+    if name in ("__iter__", "__reversed__"):
+        return "unpacked"
+    return "exact" if name in PYTHON_GOES_BY - _HANDS_ON else "value"

@@ -23,13 +23,7 @@ _WORKED_ON = {"abs", "float", "int", "round", "str"}
 def kept_numbers(
     nodes: Iterable[ast.AST], names: dict[str, Any], local: frozenset[str]
 ) -> frozenset[str]:
-    """The places of calls whose numbers go into attributes, containers and what is printed.
-
-    Args:
-        nodes: of a function.
-        names: its globals.
-        local: names that are bound in it.
-    """
+    """The places of calls whose numbers go into attributes, containers and what is printed."""
     found: set[str] = set()
     bound = local | names.keys()  # these are no builtins
     for node in nodes:
@@ -67,33 +61,23 @@ def _kept_by(node: ast.AST, names: dict[str, Any], local: frozenset[str]) -> lis
     return []
 
 
-def _reads_in(value: ast.expr, bound: frozenset[str]) -> Iterator[ast.Call]:
+def _reads_in(value: ast.AST, bound: frozenset[str]) -> Iterator[ast.Call]:
     """The calls in a value that read a number, where nothing else is done with it."""
     if isinstance(value, ast.Call):
         function = value.func
         if isinstance(function, ast.Attribute) and function.attr in _READ:
             yield value
-        elif _is_builtin(function, _WORKED_ON, bound):
+        elif isinstance(function, ast.Name) and function.id in _WORKED_ON - bound:
             yield value  # `float(t)` reads itself
             for argument in value.args:
                 yield from _reads_in(argument, bound)
-    elif isinstance(value, ast.BinOp):
-        yield from _reads_in(value.left, bound)
-        yield from _reads_in(value.right, bound)
-    elif isinstance(value, ast.UnaryOp):
-        yield from _reads_in(value.operand, bound)
-    elif isinstance(value, ast.FormattedValue):
-        yield from _reads_in(value.value, bound)
-    elif isinstance(value, ast.JoinedStr):
-        for part in value.values:
+    else:
+        parts: Iterable[ast.AST] = ()
+        if isinstance(value, ast.BinOp | ast.UnaryOp | ast.JoinedStr | ast.Tuple | ast.List):
+            parts = ast.iter_child_nodes(value)
+        elif isinstance(value, ast.Dict):
+            parts = value.values
+        elif isinstance(value, ast.FormattedValue):
+            parts = (value.value,)
+        for part in parts:
             yield from _reads_in(part, bound)
-    elif isinstance(value, ast.Tuple | ast.List):
-        for part in value.elts:
-            yield from _reads_in(part, bound)
-    elif isinstance(value, ast.Dict):
-        for part in value.values:
-            yield from _reads_in(part, bound)
-
-
-def _is_builtin(function: ast.expr, names: set[str], bound: frozenset[str]) -> bool:
-    return isinstance(function, ast.Name) and function.id in names and function.id not in bound

@@ -77,7 +77,6 @@ def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str
     """The function or class of a library's that an expression stands for; None if it is none.
 
     Args:
-        function: the expression.
         names: globals of the code it is in.
         local: names that are bound in that code.
     """
@@ -92,7 +91,6 @@ def goes_through(node: ast.Call, found: Any) -> str | None:
     """The recorder of what a call goes through, and may pick by; None if it does no such thing.
 
     Args:
-        node: the call.
         found: what it goes to (see `object_named`).
     """
     function = node.func
@@ -116,9 +114,6 @@ def gives_all(found: Any) -> bool:
     """Whether a loop over a call is given all elements that it goes through.
 
     The elements are looked at where they are used.
-
-    Args:
-        found: what it goes to (see `object_named`).
     """
     return found is not None and found in _GIVE_ALL
 

@@ -16,9 +16,8 @@ import ast
 from typing import Any, TypeVar
 
 from fmapkit.paths.rewriting.calls import CallRewriting
-from fmapkit.paths.rewriting.inserting import APPEND
+from fmapkit.paths.rewriting.inserting import APPEND, PYTHON_GOES_BY, returned_by
 from fmapkit.paths.rewriting.library_calls import gives_all
-from fmapkit.paths.rewriting.picking import PYTHON_GOES_BY, returned_by
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
     OF_TORCHS,

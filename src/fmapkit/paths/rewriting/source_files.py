@@ -22,12 +22,11 @@ class SourceFile:
     """The functions of one source file that are inside no other, with the classes around them.
 
     Attributes:
-        source: its text.
         imports: the names that it imports.
     """
 
     def __init__(self, source: str) -> None:
-        self.source = source
+        self.source = source  # its text
         # The compiler treats attributes of what a file imports in a way of its own.
         self.imports: list[ast.alias] = []
         self._outermost: list[tuple[int, int, Outermost, tuple[str, ...]]] = []
@@ -42,7 +41,6 @@ class SourceFile:
         """The file of a piece of code, each version read once; None if it is not to be had.
 
         Args:
-            code: the code.
             names: its globals, by which files are found that are in no folder.
         """
         linecache.checkcache(code.co_filename)

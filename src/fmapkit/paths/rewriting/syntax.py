@@ -76,7 +76,6 @@ def torch_name(
     """The namespace and the name of a function of torch's that an expression stands for.
 
     Args:
-        function: the expression.
         names: globals of the code it is in.
         local: names that are bound in that code.
     """

@@ -34,7 +34,6 @@ class TorchRewriter(ast.NodeTransformer):
     """Puts recorders before these calls of one function.
 
     Args:
-        file: that it is in.
         tapped: the places of calls at which a tap may be set.
     """
 
@@ -53,10 +52,7 @@ def replaceable(node: ast.Call, callee: ast.expr, file: str, tapped: Container[s
     """What a call goes to, handed to whoever may put something else in its place.
 
     Args:
-        node: the call.
         callee: what it goes to, which may have been handed to other recorders.
-        file: that it is in.
-        tapped: the places of calls at which a tap may be set.
     """
     called = node.func
     site = site_at(position_of(node))

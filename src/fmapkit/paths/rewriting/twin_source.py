@@ -10,8 +10,9 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fmapkit.paths.rewriting.kept_numbers import kept_numbers
@@ -26,26 +27,18 @@ _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a cod
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Twin:
-    """Code with recorders in it.
+    """Code with recorders in it."""
 
-    Attributes:
-        code: to run in the place of the original.
-        watched: functions of torch's that it calls by a name: where that is, the name, and what it
-            stood for.
-        loads: names of attributes that are read in the source around it, or globals.
-        original: what it is the twin of.
-        fixed: attributes that it takes to be compared by other means (see `Twins`).
-        calls: the places of the calls in it, each with the name of what is called.
-        kept: those whose numbers are kept or printed, and decide nothing.
-    """
-
-    code: types.CodeType
+    code: types.CodeType  # to run in the place of the original
     original: types.CodeType
-    fixed: frozenset[str]
-    calls: Mapping[str, str]
-    watched: tuple[tuple[dict[str, Any], str, Any], ...]
-    loads: frozenset[str]
-    kept: frozenset[str]
+    fixed: frozenset[str]  # attributes that it takes to be compared by other means (see `Twins`)
+    calls: Mapping[str, str]  # the places of the calls in it, each with the name of what is called
+    # Functions of torch's that it calls by a name: where that is, the name, and what it stood for.
+    watched: Sequence[tuple[dict[str, Any], str, Any]]
+    loads: frozenset[str]  # names of attributes that are read in the source around it, or globals
+    kept: frozenset[
+        str
+    ]  # the places of calls whose numbers are kept or printed, and decide nothing
 
 
 def make_twins(
@@ -56,45 +49,47 @@ def make_twins(
     if file is None:
         return {}
     for node, classes in file.around(code.co_firstlineno):
-        plain = _compiled(node, classes, file.imports, code)
-        if plain is None:
-            continue
-        originals = list(_inside(plain))
+        originals = _compiled(node, classes, file.imports, code)
         if not any(map(_same_as(code), originals)):
             continue
         if isinstance(node, ast.AsyncFunctionDef):
             return {}
-        twins = _twins_in(node, classes, file.imports, code, names, fixed, tapped)
-        if twins is None or len(twins) != len(originals):
+        place = f"{code.co_filename}:{'.'.join(classes)}"
+        rewriter = (
+            TorchRewriter(code.co_filename, tapped)
+            if is_torchs(code)
+            else Rewriter(place, names, node, fixed, tapped)
+        )
+        twins = _compiled(rewriter.visit(copy.deepcopy(node)), classes, file.imports, code)
+        if list(map(_begins, twins)) != list(map(_begins, originals)):
             return {}
-        watched, loads, calls, kept = _looked_up(node, names)
-        found: dict[types.CodeType, Twin] = {}
+        made, found = _looked_up(node, names, fixed), {}
         for original, twin in zip(originals, twins, strict=True):
-            if (original.co_name, original.co_firstlineno) != (twin.co_name, twin.co_firstlineno):
-                return {}
             # What stands in a function's constants is compared by value: this is its equal.
             real = code if _same_as(code)(original) else original
-            found[real] = Twin(twin, real, fixed, calls, watched, loads, kept)
+            found[real] = made(twin, real)
         return found
     return {}
 
 
-def _looked_up(
-    node: Outermost, names: dict[str, Any]
-) -> tuple[
-    tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str], frozenset[str]
-]:
-    inner = list(ast.walk(node))
-    attributes = {
-        n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    }
+def _begins(code: types.CodeType) -> tuple[str, int]:
+    return code.co_name, code.co_firstlineno
+
+
+def _looked_up(node: Outermost, names: dict[str, Any], fixed: frozenset[str]) -> partial[Twin]:
+    """What all twins in an outermost function have in common."""
+    inner, bound = list(ast.walk(node)), names_bound(node)
+    read = [n for n in inner if isinstance(getattr(n, "ctx", None), ast.Load)]
+    attributes = {n.attr for n in read if isinstance(n, ast.Attribute)}
     strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    bound = names_bound(node)
-    watched = watched_names(inner, names, bound)
-    kept = kept_numbers(inner, names, bound)
-    calls = {site_at(position_of(n)): _name_of(n.func) for n in inner if isinstance(n, ast.Call)}
-    return tuple(watched), frozenset(attributes | strings | globals_), calls, kept
+    return partial(
+        Twin,
+        fixed=fixed,
+        calls={site_at(position_of(n)): _name_of(n.func) for n in inner if isinstance(n, ast.Call)},
+        watched=watched_names(inner, names, bound),
+        loads=frozenset(attributes | strings | {n.id for n in read if isinstance(n, ast.Name)}),
+        kept=kept_numbers(inner, names, bound),
+    )
 
 
 def _name_of(function: ast.expr) -> str:
@@ -107,33 +102,13 @@ def _name_of(function: ast.expr) -> str:
     return "."
 
 
-def _twins_in(
-    node: Outermost,
-    classes: tuple[str, ...],
-    imports: list[ast.alias],
-    like: types.CodeType,
-    names: dict[str, Any],
-    fixed: frozenset[str],
-    tapped: frozenset[str],
-) -> list[types.CodeType] | None:
-    """The finished code of all twins in an outermost function, in order."""
-    place = f"{like.co_filename}:{'.'.join(classes)}"
-    rewriter = (
-        TorchRewriter(like.co_filename, tapped)
-        if is_torchs(like)
-        else Rewriter(place, names, node, fixed, tapped)
-    )
-    rewritten = rewriter.visit(copy.deepcopy(node))
-    compiled = _compiled(rewritten, classes, imports, like)
-    if compiled is None:
-        return None
-    return list(_inside(compiled))
-
-
 def _compiled(
     node: Outermost, classes: tuple[str, ...], imports: list[ast.alias], like: types.CodeType
-) -> types.CodeType | None:
-    """An outermost function, compiled where it stands: in its classes, on its lines."""
+) -> list[types.CodeType]:
+    """The code of an outermost function, and all in it, in order; none if it cannot be compiled.
+
+    It is compiled where it stands: in its classes, on its lines.
+    """
     inner: ast.stmt = node if not isinstance(node, ast.Lambda) else ast.Expr(node)
     for name in reversed(classes):
         inner = ast.ClassDef(name, [], [], [inner], [])
@@ -155,11 +130,11 @@ def _compiled(
                 module, like.co_filename, "exec", flags=flags, dont_inherit=True
             )
     except (SyntaxError, ValueError, RecursionError):
-        return None
+        return []
     for _ in range(len(classes) + 1):
         inside = found.co_consts if found is not None else ()
         found = next((c for c in inside if isinstance(c, types.CodeType)), None)
-    return found
+    return [] if found is None else list(_inside(found))
 
 
 def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
