@@ -6,13 +6,14 @@
                       that it calls begin here
     AnswerOutside     no pass is under way
 
-`session/dispatch.py` asks one of them. Calls of compiled code are answered by
-`session/compiled_calls.py`.
+`session/dispatch.py` asks one of them: `enter` returns the arguments that a call is to get instead,
+`leave` the output that is to be returned instead; None for its own. Calls of compiled code are
+answered by `session/compiled_calls.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -22,24 +23,6 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing import Frame, Tracer
 
 __all__ = ["Answer", "AnswerOutside", "AnswerRecording", "AnswerReplaying", "AnswerTracing"]
-
-
-class Answer(Protocol):
-    """Answers the calls of modules."""
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A call begins.
-
-        Returns:
-            The arguments that it is to get instead; None for its own.
-        """
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
-        """It has ended.
-
-        Returns:
-            The output that is to be returned instead; None for its own.
-        """
 
 
 class AnswerOutside:
@@ -100,7 +83,6 @@ class AnswerTracing:
         self._regions = parts.regions
         self._region_calls = parts.region_calls
         self._parts = parts
-        self._moves = parts.redistribution
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a region, or of a module whose own code is seen."""
@@ -124,8 +106,8 @@ class AnswerTracing:
             return None
         if tracer.lost:
             return tracer.editor.modules.input(module, args, kwargs) if tracer.editor else None
-        if self._moves.given:
-            self._moves.made(module, (args, kwargs))
+        if self._live.moving:
+            self._live.moved(module, (args, kwargs))
         frame = tracer.modules.enter(module, args, kwargs)
         if self._live.recording is None:
             frame.position = self._parts.paths.position
@@ -136,8 +118,8 @@ class AnswerTracing:
         tracer = self._live.tracer
         if tracer is None:
             return None
-        if self._moves.given:
-            self._moves.made(module, output)
+        if self._live.moving:
+            self._live.moved(module, output)
         if not failed and self._regions.probation.watches(module):
             self._ended(module, tracer)
         return tracer.leave(module, None if failed else output)
@@ -179,3 +161,6 @@ class AnswerRecording(AnswerTracing):
             new = tracer.editor.modules.leave_unit(module, whole, failed)
             replaced = replaced if new is None else new
         return replaced
+
+
+Answer = AnswerOutside | AnswerReplaying | AnswerTracing

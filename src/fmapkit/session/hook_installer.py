@@ -25,7 +25,7 @@ from fmapkit.replay import (
     tap_of,
 )
 from fmapkit.session.config import CaptureConfig
-from fmapkit.session.redistribution import RedistributionTracker
+from fmapkit.session.state import PassState
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.sharded import moves_data
 
@@ -34,20 +34,13 @@ __all__ = ["HookCallbacks", "HookInstaller"]
 
 @dataclass(frozen=True, slots=True)
 class HookCallbacks:
-    """What the hooks call.
+    """What the hooks call."""
 
-    Attributes:
-        pre: as a module's forward begins: (module, args, kwargs).
-        post: as it ends: (module, args, kwargs, output).
-        tap: a module that carries a site has run: (module, args, output).
-        fault: a tap has failed: (module, error).
-        overwritten: `module.compile()` has taken the place before the model's own call: ().
-    """
-
-    pre: Callable[..., Any]
-    post: Callable[..., Any]
-    tap: Callable[..., Any]
-    fault: Callable[..., Any]
+    pre: Callable[..., Any]  # as a module's forward begins: (module, args, kwargs)
+    post: Callable[..., Any]  # as it ends: (module, args, kwargs, output)
+    tap: Callable[..., Any]  # a module that carries a site has run: (module, args, output)
+    fault: Callable[..., Any]  # a tap has failed: (module, error)
+    # `module.compile()` has taken the place before the model's own call: ().
     overwritten: Callable[[], None]
 
 
@@ -55,16 +48,8 @@ class HookInstaller:
     """Sets and removes the hooks of one capture.
 
     Args:
-        asked: by the capture.
-        hooks: of the capture.
-        regions: of the model.
-        moves: is told what hooks of others are given that only move data.
+        live: is told what hooks of others are given that only move data.
         callbacks: what the hooks call; asked for as they are set.
-
-    Attributes:
-        tapped: the plan that each region's taps are set for.
-        sites: where each region's functions are read plainly.
-        line: what the taps write to.
     """
 
     def __init__(
@@ -72,16 +57,17 @@ class HookInstaller:
         asked: CaptureConfig,
         hooks: Hooks,
         regions: ReplayRegions,
-        moves: RedistributionTracker,
+        live: PassState,
         callbacks: Callable[[], HookCallbacks],
     ) -> None:
-        self.tapped: dict[nn.Module, Plan] = {}
+        self.tapped: dict[nn.Module, Plan] = {}  # the plan that each region's taps are set for
+        # Where each region's functions are read plainly.
         self.sites: dict[nn.Module, dict[str, PlainSite]] = {}
-        self.line = CurrentRun()
+        self.line = CurrentRun()  # what the taps write to
         self._model = asked.model
         self._hooks = hooks
         self._regions = regions
-        self._moves = moves
+        self._live = live
         self._callbacks = callbacks
         self._stops = asked.stop is not None
         self._shown = bool(asked.analyses)
@@ -133,7 +119,7 @@ class HookInstaller:
             theirs = [hook for hook in hooks if not isinstance(hook, Hook)]
             if theirs and any(map(moves_data, theirs)):
                 moving.append(module)
-        self._hooks.outside(moving, self._moves.before, self._moves.after)
+        self._hooks.outside(moving, self._live.moves_given, self._live.moves_output)
 
     def scopes_changed(self) -> None:
         """Regions have become scopes, or are called by others: the next pass sets hooks again."""

@@ -6,7 +6,6 @@ What a part is given has the same name there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -19,7 +18,6 @@ from fmapkit.session.fused_paths import FusedPaths
 from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
 from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.recording import Recorder
-from fmapkit.session.redistribution import RedistributionTracker
 from fmapkit.session.region_calls import RegionCalls
 from fmapkit.session.state import PassState
 from fmapkit.session.unseen import UnseenCalls
@@ -28,85 +26,44 @@ from fmapkit.storage import Budget, PassStore
 __all__ = ["SessionParts"]
 
 
-@dataclass(frozen=True, slots=True)
 class SessionParts:
     """The parts of one capture.
 
-    Attributes:
-        asked: by the capture.
-        live: what is under way.
-        misses: what ran and was not captured.
-        store: where passes are kept.
-        hooks: what is set on modules.
-        paths: which decisions passes take.
-        regions: which modules are replayed as a whole.
-        installer: sets hooks, and removes them.
-        recorder: makes the plans of regions.
-        region_calls: reads regions by their plans.
-        kept_maps: what becomes of the maps of a pass.
-        redistribution: follows tensors through hooks of others that only move data.
-        fused: runs modules by their fused paths.
-        unseen: names what runs outside of passes.
+    Args:
+        keep: how many passes stay readable; None for all of them.
+        budget: how many bytes the maps may take; None for any.
+        callbacks: what hooks call; asked for as they are set.
     """
 
-    asked: CaptureConfig
-    live: PassState
-    misses: MissedLog
-    store: PassStore
-    hooks: Hooks
-    paths: ControlPaths
-    regions: ReplayRegions
-    installer: HookInstaller
-    recorder: Recorder
-    region_calls: RegionCalls
-    kept_maps: KeptMaps
-    redistribution: RedistributionTracker
-    fused: FusedPaths
-    unseen: UnseenCalls
-
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         asked: CaptureConfig,
         hooks: Hooks,
         keep: int | None,
         budget: Budget | None,
         callbacks: Callable[[], HookCallbacks],
-    ) -> SessionParts:
-        """The parts of a capture.
-
-        Args:
-            asked: by it.
-            hooks: of it.
-            keep: how many passes stay readable; None for all of them.
-            budget: how many bytes the maps may take; None for any.
-            callbacks: what hooks call; asked for as they are set.
-        """
-
+    ) -> None:
         def running() -> list[nn.Module]:
             tracer = live.tracer
             return [frame.module for frame in tracer.trace.frames] if tracer is not None else []
 
-        misses = MissedLog(asked.model)
-        store = PassStore(keep)
-        paths = ControlPaths(asked.model, asked.names.place_of, running)
-        live = PassState(asked, misses, paths)
+        self.asked, self.hooks = asked, hooks
+        self.misses = misses = MissedLog(asked.model)  # what ran and was not captured
+        self.store = PassStore(keep)
+        # Which decisions passes take.
+        self.paths = paths = ControlPaths(asked.model, asked.names.place_of, running)
+        self.live = live = PassState(asked, misses, paths)  # what is under way
         # Code that has not recorded yet takes a pass more, which stop= would have ended early.
         barring = hooks.others_on if asked.stop is not None else hooks.unrecorded_on
-        regions = ReplayRegions(hooks.others_on, barring)
-        redistribution = RedistributionTracker(live)
-        installer = HookInstaller(asked, hooks, regions, redistribution, callbacks)
-        recorder = Recorder(asked, live, misses, regions, installer, paths)
-        kept_maps = KeptMaps(asked, live, misses, store, budget)
-        region_calls = RegionCalls(
-            asked, live, misses, regions, installer, recorder, kept_maps, paths
+        # Which modules are replayed as a whole.
+        self.regions = regions = ReplayRegions(hooks.others_on, barring)
+        self.installer = HookInstaller(asked, hooks, regions, live, callbacks)
+        self.recorder = Recorder(asked, live, misses, regions, self.installer, paths)
+        self.kept_maps = KeptMaps(asked, live, misses, self.store, budget)
+        told = self.installer, self.recorder, self.kept_maps
+        self.region_calls = RegionCalls(asked, live, misses, regions, *told, paths)
+        # Runs modules by their fused paths.
+        self.fused = FusedPaths(
+            asked, live, hooks, misses, paths, lambda *told: callbacks().fault(*told)
         )
-
-        def fault(module: nn.Module, error: Exception) -> None:
-            callbacks().fault(module, error)
-
-        fused = FusedPaths(asked, live, hooks, misses, paths, fault)
-        unseen = UnseenCalls(asked, misses)
-        return SessionParts(
-            *(asked, live, misses, store, hooks, paths, regions, installer, recorder, region_calls),
-            *(kept_maps, redistribution, fused, unseen),
-        )
+        self.unseen = UnseenCalls(asked, misses)  # names what runs outside of passes

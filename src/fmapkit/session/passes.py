@@ -47,21 +47,18 @@ class Passes:
     """Begins and ends the passes of one capture.
 
     Args:
-        parts: of the capture.
         every: capture each n-th pass.
         compiled: the entries at compiled modules.
 
     Attributes:
-        asked: by the capture.
-        steps: how many passes have begun, captured or not.
-        told: by the user, of the inputs of the next pass: their numbers, and which positions are
-            no padding; None where that is not said.
         watch: whether the model is still the one that was learned.
     """
 
     def __init__(self, parts: SessionParts, every: int, compiled: CompiledEntries) -> None:
-        self.asked = asked = parts.asked
-        self.steps = 0
+        self.asked = asked = parts.asked  # by the capture
+        self.steps = 0  # how many passes have begun, captured or not
+        # By the user, of the inputs of the next pass: their numbers, and which positions
+        # are no padding; None where that is not said.
         self.told: tuple[Tensor | None, Tensor | None] = None, None
         self.watch = ModelGuard(asked.model, parts.hooks)  # since `names` were read
         self._parts = parts
@@ -79,8 +76,6 @@ class Passes:
         """A call of the model begins.
 
         Args:
-            args: its positional arguments.
-            kwargs: its keyword arguments.
             compiled: it runs compiled code.
 
         Returns:
@@ -234,18 +229,13 @@ class Passes:
     # -- end ----------------------------------------------------------------------------------
 
     def end(self, failed: bool) -> None:
-        """The pass has ended.
-
-        Args:
-            failed: by an exception.
-        """
+        """The pass has ended."""
         live, stop, parts, wants = self._live, self._stop, self._parts, self.asked.wants
         current, misses = live.current, parts.misses
         lost = live.tracer is not None and live.tracer.lost
         parts.paths.end()
         if live.tracer is not None:
             parts.recorder.finish(live.tracer, failed)
-            parts.redistribution.clear()
         if current is not None and not failed:
             if wants.picks and not parts.store.fleeting:
                 self._name_unpicked(current)
@@ -296,7 +286,6 @@ class Passes:
                 live.current.segments.append(live.run)
         parts.paths.end()
         parts.recorder.drop()
-        parts.redistribution.clear()
         current = live.current
         live.clear()
         parts.store.end()

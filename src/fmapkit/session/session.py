@@ -47,17 +47,11 @@ __all__ = ["Rest", "Session"]
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What a session that rests has taken away.
+    """What a session that rests has taken away."""
 
-    Attributes:
-        off: from modules.
-        functions: whose code records decisions.
-        settled: what was counted of the model, if it had settled.
-    """
-
-    off: list[Off]
-    functions: list[Resting]
-    settled: tuple[int, int] | None
+    off: list[Off]  # from modules
+    functions: list[Resting]  # whose code records decisions
+    settled: tuple[int, int] | None  # what was counted of the model, if it had settled
 
 
 class Session:
@@ -69,16 +63,6 @@ class Session:
         keep: how many passes stay readable; None for all of them.
         every: capture each n-th pass.
         budget: how many bytes the maps may take; None for any.
-
-    Attributes:
-        asked: by the capture.
-        names: of the model's modules.
-        wants: which maps to hold, and how.
-        parts: of the capture.
-        passes: begins and ends them.
-        compiled: the entries at compiled modules.
-        hooks: what is set on modules.
-        store: where passes are kept.
     """
 
     def __init__(
@@ -89,16 +73,18 @@ class Session:
         every: int = 1,
         budget: Budget | None = None,
     ) -> None:
-        self.asked = asked
-        self.names = asked.names
-        self.wants = asked.wants
+        self.asked = asked  # by the capture
+        self.names = asked.names  # of the model's modules
+        self.wants = asked.wants  # which maps to hold, and how
+        # What is set on modules.
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
         self._rest: Rest | None = None  # what `go_on` puts back
         self._before: RestingSession[Session] | None = None  # as it rested before this block
-        self.parts = SessionParts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
-        self.store = self.parts.store
-        self.compiled = CompiledEntries(asked.model, given)
-        self.passes = Passes(self.parts, every, self.compiled)
+        # Of the capture.
+        self.parts = SessionParts(asked, self.hooks, keep, budget, lambda: self._callbacks)
+        self.store = self.parts.store  # where passes are kept
+        self.compiled = CompiledEntries(asked.model, given)  # the entries at compiled modules
+        self.passes = Passes(self.parts, every, self.compiled)  # begins and ends them
         self.calls = calls = HookDispatcher(self.parts, self.passes, self.compiled)
         self._callbacks = HookCallbacks(
             calls.pre, calls.post, calls.tap, calls.fault, calls.overwritten

@@ -26,58 +26,38 @@ __all__ = ["PassState", "Recording"]
 
 @dataclass(slots=True)
 class Recording:
-    """A call of a region that is being learned.
+    """A call of a region that is being learned."""
 
-    Attributes:
-        module: the region.
-        frame: of the call.
-        form: of the call; None if it can be replayed never.
-        state: that the region is in.
-        sizes: of its inputs.
-        inputs: what its tensors carry.
-        seen: what all tensors of the pass carry; empty where nothing around it is traced.
-        alone: nothing around it is traced.
-        fill: how much was in what its code may read.
-    """
-
-    module: nn.Module
-    frame: Frame
-    form: Any
-    state: int
-    sizes: Sizes
-    inputs: list[Label]
+    module: nn.Module  # the region
+    frame: Frame  # of the call
+    form: Any  # of the call; None if it can be replayed never
+    state: int  # that the region is in
+    sizes: Sizes  # of its inputs
+    inputs: list[Label]  # what its tensors carry
+    # What all tensors of the pass carry; empty where nothing around it is traced.
     seen: dict[int, Any]
-    alone: bool
-    fill: Fill
+    alone: bool  # nothing around it is traced
+    fill: Fill  # how much was in what its code may read
 
 
 class PassState:
-    """What is under way.
-
-    Attributes:
-        thread: the one that is captured.
-        current: the pass; None outside of one.
-        idle: the model runs a pass that is not captured.
-        frame: of the stack: the call of the model that is the pass.
-        depth: how often the model is calling itself.
-        tracer: of the pass; None where nothing of it is traced.
-        run: the region that is being replayed.
-        recording: the region that is being learned.
-        inner: how often that region, replayed or learned, is calling itself.
-        tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
-    """
+    """What is under way."""
 
     def __init__(self, asked: CaptureConfig, misses: MissedLog, paths: ControlPaths) -> None:
-        self.thread = threading.get_ident()
-        self.current: Pass | None = None
-        self.idle = False
-        self.frame: Any = None
-        self.depth = 0
-        self.tracer: Tracer | None = None
-        self.run: ReplayRun | None = None
-        self.recording: Recording | None = None
-        self.inner = 0
+        self.thread = threading.get_ident()  # the one that is captured
+        self.current: Pass | None = None  # the pass; None outside of one
+        self.idle = False  # the model runs a pass that is not captured
+        self.frame: Any = None  # of the stack: the call of the model that is the pass
+        self.depth = 0  # how often the model is calling itself
+        self.tracer: Tracer | None = None  # of the pass; None where nothing of it is traced
+        self.run: ReplayRun | None = None  # the region that is being replayed
+        self.recording: Recording | None = None  # the region that is being learned
+        self.inner = 0  # how often that region, replayed or learned, is calling itself
+        # Of a pass of compiled code, which needs a tracer only where it does not do as
+        # before.
         self.tags: LabelTable | None = None
+        # What hooks of others were given that only move data, and is not come back yet.
+        self.moving: list[tuple[nn.Module, Any]] = []
         self._asked = asked
         self._misses = misses
         self._paths = paths
@@ -87,6 +67,7 @@ class PassState:
         """Nothing is under way any more."""
         self.tracer = self.current = self.frame = self.run = self.recording = self.tags = None
         self.depth = self.inner = 0
+        self.moving = []
 
     def enter_model(self) -> None:
         """The model calls itself."""
@@ -161,3 +142,21 @@ class PassState:
         if self._stacked and self.tracer is not None:
             leave_mode(self.tracer)
         self._stacked = False
+
+    # -- hooks of others that only move data, as tensor parallel sets (see `torchlib/sharded.py`) --
+
+    def moves_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """They come next, on what a module is given: a hook of ours, outside of them."""
+        if self.tracer is not None and threading.get_ident() == self.thread:
+            self.moving.append((module, (args, kwargs)))
+
+    def moves_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for those on what it returns."""
+        if self.tracer is not None and threading.get_ident() == self.thread:
+            self.moving.append((module, output))
+
+    def moved(self, module: nn.Module, values: Any) -> None:
+        """They have run: what they have made of a tensor carries what that carried."""
+        owner, given = self.moving.pop()
+        if owner is module and self.tracer is not None:
+            self.tracer.trace.labels.moved(given, values)
