@@ -53,14 +53,7 @@ def nothing(*args: Any) -> None:
 
 
 class Given:
-    """What a module is given: that is known when the pre hooks of others have run.
-
-    Args:
-        owner: the session.
-        module: about to be called.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-    """
+    """What a module is given: that is known when the pre hooks of others have run."""
 
     __slots__ = ("_begin", "_handle", "_thread", "args", "begun", "kwargs", "module", "owner")
 

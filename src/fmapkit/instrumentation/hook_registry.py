@@ -70,7 +70,6 @@ class Off:
     """What of ours stands before a module's call, taken away for a while.
 
     Args:
-        module: whose call it is.
         wanted: tells it from what stays.
     """
 
@@ -93,20 +92,16 @@ class Hooks:
     """What one session has set, by role and module.
 
     Args:
-        owner: the session.
         broken_off: told of a call that no `Exception` has ended (see `Pair`).
-
-    Attributes:
-        owner: the session.
-        excluded: modules in compiled code, where nothing of ours runs.
     """
 
     def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
-        self.owner = owner
+        self.owner = owner  # the session
         self._broken_off = broken_off
         self._set: dict[str, dict[nn.Module, tuple[Any, CallOverride]]] = {r: {} for r in _ROLES}
         self._watched: weakref.ref[Pair] | None = None
         self.begin_pass()
+        # Modules in compiled code, where nothing of ours runs.
         self.excluded: set[nn.Module] = set()
 
     def begin_pass(self) -> None:
@@ -171,9 +166,6 @@ class Hooks:
         """A pair around the captured model, kept until all is dropped.
 
         Args:
-            module: the model.
-            pre: see `Pair`.
-            post: see `Pair`.
             overwritten: called as soon as `module.compile()` takes the place.
         """
         if not self._may_stand(module):

@@ -71,8 +71,6 @@ class _Method:
     """Stands in the place of one method of one model.
 
     Args:
-        model: the model.
-        name: of the method.
         calls: of the session: (inside, pre, post, broken_off), as of a `Pair`; `inside` tells
             whether a pass is under way, of which the method is then a part.
     """
@@ -114,8 +112,6 @@ class Methods:
     """The methods of a model whose calls are passes of one session.
 
     Args:
-        model: the model.
-        names: of the methods.
         calls: see `_Method`.
     """
 

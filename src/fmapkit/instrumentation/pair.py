@@ -17,11 +17,7 @@ FAILED = object()
 
 
 class Returned:
-    """What a call returns that has been made already, where no hook of torch's is to see it.
-
-    Args:
-        output: it.
-    """
+    """What a call returns that has been made already, where no hook of torch's is to see it."""
 
     __slots__ = ("output",)
 

@@ -19,9 +19,6 @@ def only_raises(frame: types.FrameType) -> bool:
 
     So it is of `assert t.all()` and of `if t.any(): raise …`. As long as nothing is raised the code
     goes one way.
-
-    Args:
-        frame: that asks, by an instruction that is under way.
     """
     return _asked(_raises, frame)
 
@@ -82,8 +79,6 @@ def _only_ends_in_raise(
     """Whether all ways from an instruction on end in a `raise`, and in no return.
 
     Args:
-        steps: the code's instructions.
-        places: of them, by their offsets.
         start: the first one's.
         handlers: those of what is raised at an offset.
     """

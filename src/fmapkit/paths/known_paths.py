@@ -89,12 +89,7 @@ class _Path(Generic[_Plan]):
     """One path: its items for some sizes, and the rules that its numbers follow.
 
     Attributes:
-        plan: that holds on it.
-        by_sizes: its items.
         rules: of the numbers in it that follow the sizes: those that all calls have kept to.
-        constant: by axis: the sizes that have been the same in all calls.
-        general: holds for other sizes, as far as is known.
-        seen: a call that was not traced took it.
     """
 
     __slots__ = (
@@ -105,13 +100,14 @@ class _Path(Generic[_Plan]):
     def __init__(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
     ) -> None:
-        self.plan = plan
+        self.plan = plan  # that holds on it
         self._moments = moments
-        self.seen = False
-        self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
+        self.seen = False  # a call that was not traced took it
+        self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}  # its items
         self._hold_to({})
+        # By axis: the sizes that have been the same in all calls.
         self.constant = dict(enumerate(sizes))
-        self.general = False
+        self.general = False  # holds for other sizes, as far as is known
 
     def holds_for(self, sizes: Sizes) -> bool:
         """Whether all numbers are known that a call on such inputs would decide by.
@@ -166,8 +162,6 @@ class _Path(Generic[_Plan]):
         """A call on other sizes was traced: whether it took this path, too.
 
         Args:
-            items: of its path.
-            sizes: of its inputs.
             alike: its plan says the same.
         """
         if not alike:
@@ -247,22 +241,19 @@ class KnownPaths(Generic[_Plan]):
 
     Args:
         alike: whether two plans say the same.
-
-    Attributes:
-        lost: the latest call took a path that nobody has seen: the next one is to be traced.
-        paths: those that are known.
     """
 
     __slots__ = ("_alike", "_astray", "_doubted", "_new", "_strays", "_unruly", "lost", "paths")
 
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
         self._alike = alike
-        self.paths: list[_Path[_Plan]] = []
+        self.paths: list[_Path[_Plan]] = []  # those that are known
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
         self._new = 0  # calls of ever new sizes that were traced, one after the other
         self._astray: tuple[list[Any], Sizes] | None = None  # the latest call that left its path
         self._doubted = False
+        # The latest call took a path that nobody has seen: the next one is to be traced.
         self.lost = False
 
     def doubt(self, of_others: bool) -> None:
@@ -371,9 +362,6 @@ class KnownPaths(Generic[_Plan]):
         """A call was traced; the plan that is to be kept for it.
 
         Args:
-            items: of its path.
-            sizes: of its inputs.
-            plan: made of it.
             moments: after how many items which module began (and None: some module ended).
         """
         self.lost = False

@@ -17,11 +17,6 @@ class DecisionSink:
 
     Args:
         place_of: names the place of a parameter in the model; None for any other tensor.
-        modules: those of the model.
-
-    Attributes:
-        items: the decisions taken so far.
-        users: how many captures record.
     """
 
     __slots__ = ("items", "modules", "place_of", "users")
@@ -29,10 +24,10 @@ class DecisionSink:
     def __init__(
         self, place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]
     ) -> None:
-        self.items: list[Any] = []
+        self.items: list[Any] = []  # the decisions taken so far
         self.place_of = place_of
         self.modules = modules
-        self.users = 0
+        self.users = 0  # how many captures record
 
 
 # By thread: the `append` of its list of items, and what it belongs to.

@@ -115,15 +115,12 @@ class Survey:
     Args:
         where: tells who runs it.
         aside: code that need not record.
-
-    Attributes:
-        found: that code, told by its identity; the globals it ran with, and who ran it.
-        complete: nothing can have gone unseen.
     """
 
     def __init__(self, where: Callable[[], Any], aside: Container[types.CodeType]) -> None:
+        # That code, told by its identity; the globals it ran with, and who ran it.
         self.found: dict[int, tuple[types.CodeType, dict[str, Any], list[Any]]] = {}
-        self.complete = False
+        self.complete = False  # nothing can have gone unseen
         self._where = where
         self._aside = aside
         self._on = False

@@ -48,12 +48,7 @@ _functional = vars(nn.functional)
 
 
 class CallTap(CallOverride):
-    """Does a `HookTap`'s work in the usual case, and has that tap do it in any other.
-
-    Args:
-        module: to stand before.
-        tap: whose place it takes.
-    """
+    """Does a `HookTap`'s work in the usual case, and has that tap do it in any other."""
 
     __slots__ = ("line", "tap", "theirs")
 
@@ -254,7 +249,6 @@ def tap_of(
         line: to write to.
         other: called with (module, args, output) when no run is under way.
         fault: called with the module and the error, should we fail.
-        owner: the session.
         gradients: note where they will arrive, too.
     """
     if gradients:

@@ -32,34 +32,23 @@ from fmapkit.tracing import Event, Record
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """An origin, relative to a piece of a pass.
+    """An origin, relative to a piece of a pass."""
 
-    Attributes:
-        kind: of the origin, or "input".
-        name: the layer's label; empty for an input.
-        offset: which call of it, counted from the start of the piece; for an input, which tensor.
-        claimed: a nonlinearity inside has received it.
-        made: what a layer made its filters of.
-    """
-
-    kind: str
-    name: str = ""
+    kind: str  # of the origin, or "input"
+    name: str = ""  # the layer's label; empty for an input
+    # Which call of it, counted from the start of the piece; for an input, which tensor.
     offset: int = 0
-    claimed: bool = True
+    claimed: bool = True  # a nonlinearity inside has received it
+    # What a layer made its filters of.
     made: Made | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelLabelRef:
-    """A label of channels that a piece returns: whose filters, by place, and how they lie.
+    """A label of channels that a piece returns: whose filters, by place, and how they lie."""
 
-    Attributes:
-        ref: their origin; None where they are nobody's.
-        axes: along which they lie.
-    """
-
-    ref: Ref | None
-    axes: ChannelLayout | None
+    ref: Ref | None  # their origin; None where they are nobody's
+    axes: ChannelLayout | None  # along which they lie
 
 
 # What a tensor carries whenever the piece happens; in one pass it is a `Label`.
@@ -68,44 +57,26 @@ PlaceTag = ChannelLabelRef | ParamLabelRef | None
 
 @dataclass(frozen=True, slots=True)
 class SiteMap:
-    """A map at a site of a piece; the record of it is made whenever the piece happens.
+    """A map at a site of a piece; the record of it is made whenever the piece happens."""
 
-    Attributes:
-        kind: of the map.
-        ref: its origin.
-        axes: along which its filters lie.
-        sigma: the nonlinearity; None where there is none.
-        path: into a nested output.
-        picked: the filters that are held; None for all.
-        pending: a preactivation only if no nonlinearity outside claims it.
-    """
-
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    path: str
-    picked: tuple[int, ...] | None
-    pending: bool
+    kind: str  # of the map
+    ref: Ref  # its origin
+    axes: ChannelLayout | None  # along which its filters lie
+    sigma: str | None  # the nonlinearity; None where there is none
+    path: str  # into a nested output
+    picked: tuple[int, ...] | None  # the filters that are held; None for all
+    pending: bool  # a preactivation only if no nonlinearity outside claims it
 
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What a piece of a pass means to the rest of it.
+    """What a piece of a pass means to the rest of it."""
 
-    Attributes:
-        calls: how often each layer is called.
-        outputs: what each tensor that it returns carries, by path.
-        writes: which inputs are written to.
-        rewritten: what some of these carry afterwards.
-        claims: which inputs reach a nonlinearity inside.
-    """
-
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[tuple[str, PlaceTag], ...]
-    writes: tuple[int, ...]
-    rewritten: tuple[tuple[int, PlaceTag], ...]
-    claims: tuple[int, ...]
+    calls: tuple[tuple[str, int], ...]  # how often each layer is called
+    outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor that it returns carries, by path
+    writes: tuple[int, ...]  # which inputs are written to
+    rewritten: tuple[tuple[int, PlaceTag], ...]  # what some of these carry afterwards
+    claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
 
     def base(self, record: Record) -> dict[str, int]:
         """How many calls there have been of the layers that are called."""
@@ -122,7 +93,6 @@ class Effects:
         """The piece has happened where no tracer saw it: tell what one would have seen.
 
         Args:
-            record: of the pass.
             maps: of the piece, in execution order.
             carried: what its inputs carried.
         """
@@ -148,17 +118,12 @@ class Effects:
 
 
 class PassPiece:
-    """A piece of a pass, by its effects: which origins are meant in this pass.
-
-    Attributes:
-        inputs: what came in carries; empty where nothing around it is known.
-        base: how many calls of each layer there were before; None for none.
-    """
+    """A piece of a pass, by its effects: which origins are meant in this pass."""
 
     __slots__ = ()
 
-    inputs: list[Label]
-    base: dict[str, int] | None
+    inputs: list[Label]  # what came in carries; empty where nothing around it is known
+    base: dict[str, int] | None  # how many calls of each layer there were before; None for none
     _origins: dict[Ref, Origin]
 
     def origin(self, ref: Ref) -> Origin:
@@ -185,7 +150,6 @@ class Relations:
     """How a piece that was traced relates to the rest of the pass.
 
     Args:
-        names: of the model's modules.
         inputs: what came in carried.
         returned: what it returns carries, by path.
         base: how many calls of each layer there were before.
@@ -238,8 +202,6 @@ class Relations:
         """What the piece means to the rest of a pass.
 
         Args:
-            record: of the pass it was traced in.
-            events: of the piece.
             arguments: the inputs themselves.
             writes: how many there were before it.
         """

@@ -81,7 +81,6 @@ class InputTruths:
 
         Args:
             asked: what it has read of its inputs, in order, and what that was.
-            sizes: of its inputs.
 
         Returns:
             The same; None if something else decides what is read, or calls differ too much.
@@ -111,14 +110,10 @@ class InputTruths:
 
 
 class _ValueRead:
-    """One truth, or whole numbers, for inputs of any sizes.
-
-    Attributes:
-        first: how the first call read it.
-    """
+    """One truth, or whole numbers, for inputs of any sizes."""
 
     def __init__(self, first: InputRead, sizes: Sizes) -> None:
-        self.first = first
+        self.first = first  # how the first call read it
         self._by_sizes = {sizes: first.numbers}
         self._rules = [rules_of(n, sizes) | {("same", n)} for n in first.numbers]
 
@@ -164,9 +159,6 @@ class OwnTensors:
     """Tensors that the modules of a region have: what their code may decide by, as `if self.ready`.
 
     Buffers, parameters and other attributes, of the modules whose code is not torch's.
-
-    Args:
-        module: the region.
     """
 
     __slots__ = ("_places",)

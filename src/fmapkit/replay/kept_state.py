@@ -34,7 +34,6 @@ class KeptState:
     """Where calls of one module keep tensors: in attributes of modules, and in what they are given.
 
     Args:
-        region: the module.
         attributes: modules, each with the name of one.
         arguments: places and names of arguments.
     """
@@ -75,8 +74,6 @@ class KeptState:
         """What is kept as a call begins.
 
         Args:
-            args: of the call.
-            kwargs: by keyword.
             given: all tensors among these.
 
         Returns:
@@ -97,15 +94,12 @@ class KeptState:
 
 
 class _KeptForm:
-    """The form of what is kept, tensors numbered in the order of their first mention.
-
-    Attributes:
-        count: of objects that were looked at.
-        ordered: everything has a place that is the same in each pass: members of a set have none.
-    """
+    """The form of what is kept, tensors numbered in the order of their first mention."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self.count = 0
+        self.count = 0  # of objects that were looked at
+        # Everything has a place that is the same in each pass: members of a set have
+        # none.
         self.ordered = True
         self._tensors: dict[int, int] = {}
         self._storages: dict[int, int] = {}

@@ -49,17 +49,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class KernelSteps:
-    """The steps of a module's call whose maps its fused kernel shows: its forward does not run.
+    """The steps of a module's call whose maps its fused kernel shows: its forward does not run."""
 
-    Attributes:
-        module: of torch's.
-        names: of the kernel's maps, for each step, in the order of its emissions.
-        wanted: all of these.
-    """
-
-    module: nn.Module
+    module: nn.Module  # of torch's
+    # Of the kernel's maps, for each step, in the order of its emissions.
     names: tuple[tuple[str, ...], ...]
-    wanted: frozenset[str]
+    wanted: frozenset[str]  # all of these
 
 
 @dataclass(frozen=True, slots=True, eq=False)

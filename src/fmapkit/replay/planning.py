@@ -27,8 +27,6 @@ def make_plan(
 
     Args:
         tracer: which has just seen the call end.
-        frame: of the call.
-        output: what it returned.
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
         kept: what it has left in attributes of modules, where the rest of the pass may read it.

@@ -47,8 +47,6 @@ class Probation:
         """A call of a watched module has ended.
 
         Args:
-            module: that was called.
-            sizes: of its inputs.
             items: of the path that it took, with all that it called.
         """
         self._watched[module].calls.append((sizes, items))
@@ -91,17 +89,13 @@ class Probation:
 
 
 class _Steadiness:
-    """How steadily a module takes one path.
-
-    Attributes:
-        passes: in a row, on one path.
-        calls: of the pass that is under way: the sizes of its inputs, and its items.
-    """
+    """How steadily a module takes one path."""
 
     __slots__ = ("_by_sizes", "_latest", "calls", "passes")
 
     def __init__(self) -> None:
-        self.passes = 0
+        self.passes = 0  # in a row, on one path
+        # Of the pass that is under way: the sizes of its inputs, and its items.
         self.calls: list[tuple[Sizes, list[Any]]] = []
         self._by_sizes: dict[tuple[Sizes, ...], list[list[Any]]] = {}
         self._latest: list[list[Any]] = []

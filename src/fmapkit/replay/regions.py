@@ -121,10 +121,8 @@ class ReplayRegion:
         """The kind of a call that was traced, and the sizes with the numbers that it has read.
 
         Args:
-            form: of the call.
             state: in which it began.
             asked: what it has read of its inputs, and what that was.
-            sizes: of these.
 
         Returns:
             No kind if calls of this form read other things, and nothing tells which.
@@ -150,12 +148,6 @@ class ReplayRegion:
 
         Attributes that change while the path does not are not compared from now on.
 
-        Args:
-            items: of the path of a call that was traced.
-            kind: of the call.
-            state: in which it began.
-            sizes: of its inputs.
-
         Returns:
             The state; None if attributes change from call to call, and the path with them: who
             takes it is to be traced.
@@ -180,9 +172,6 @@ class ReplayRegion:
 
         Args:
             numbers: in which their paths differ, on other sizes; None if they differ otherwise.
-            kind: of the calls.
-            one: the number of a state.
-            other: that of another.
         """
         if numbers is None or self._attributes.tell(numbers, one, other):
             return False
@@ -231,10 +220,6 @@ class ReplayRegions:
     Args:
         has_others: whether a module has hooks of others than this capture (see `Hooks`).
         has_unrecorded: whether it has such that a path does not tell of.
-
-    Attributes:
-        direct: modules that a scope has called itself, with the scopes; None for one not known.
-        probation: of modules that are traced since they have left their path.
     """
 
     def __init__(
@@ -242,8 +227,9 @@ class ReplayRegions:
         has_others: Callable[[nn.Module], bool],
         has_unrecorded: Callable[[nn.Module], bool],
     ) -> None:
+        # Modules that a scope has called itself, with the scopes; None for one not known.
         self.direct: _Calls = {}
-        self.probation = Probation()
+        self.probation = Probation()  # of modules that are traced since they have left their path
         self.has_others = has_others
         # What decides by data may do so in training alone, and is told, as `direct`, by mode.
         self._training = False
@@ -338,7 +324,6 @@ class ReplayRegions:
         """A region takes several ways: it is traced until it has taken one for long.
 
         Args:
-            region: it.
             deciding: the modules in it that decide which.
         """
         if self.probation.trusts(modules_in(region)):

@@ -37,18 +37,9 @@ class RunLog(PassPiece):
     """The log of one call of a region.
 
     Args:
-        plan: by which it is read.
         wants: which maps are held, and how.
         inputs: what came in carries; empty where nothing around it is known.
         base: how many calls of each layer there were before; None for none.
-
-    Attributes:
-        log: per step: its module, or its site, then what was read there.
-        lost: why the call left its plan, if it did.
-        until: of a call that has broken off: what was read before so many decisions is kept.
-        how: tensors are to be read, see `CurrentRun`.
-        uncounted: some tensor may have no version counter.
-        edited: what went on in the place of outputs, by path, for each entry of the log.
     """
 
     __slots__ = (
@@ -63,16 +54,20 @@ class RunLog(PassPiece):
         self.wants = wants
         self.inputs = inputs
         self.base = base
-        self.log: list[Any] = []
+        self.log: list[Any] = []  # per step: its module, or its site, then what was read there
+        # What went on in the place of outputs, by path, for each entry of the log.
         self.edited: dict[int, dict[str, StoredTensor]] = {}
-        self.lost = ""
+        self.lost = ""  # why the call left its plan, if it did
+        # Of a call that has broken off: what was read before so many decisions is kept.
         self.until: int | None = None
+        # Tensors are to be read, see `CurrentRun`.
         self.how = int(wants.detach and (plan.graph or _grads()))
         if _inference():
             # With 4, no version would tell that a tensor of the model's was given other memory.
             self.how = 4 if wants.detach and plan.keeps else 2
         elif wants.detach and (plan.joins or in_function()):
             self.how = 3
+        # Some tensor may have no version counter.
         self.uncounted = self.how in (2, 4) or wants.gradients
         self._seen = 0  # how many steps the analyses were shown
         self._let_go = False  # of what they have seen

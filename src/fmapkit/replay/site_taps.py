@@ -25,11 +25,8 @@ class PlainSite:
     """A place in the source where one function is called, and is read plainly.
 
     Args:
-        site: the place.
-        name: of the function.
         how: what is noted: "xy", "y", "nothing", "y, if asked": by the plan's next step, or "kept":
             of an in-place nonlinearity, z as it was, and y.
-        line: to write to.
     """
 
     __slots__ = ("_function", "_how", "_line", "_name", "_site", "_tap")

@@ -37,16 +37,13 @@ class CurrentRun(threading.local):
     """Where taps write to: the run that is under way in this thread.
 
     Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
-
-    Attributes:
-        cell: None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
-            graph, 2 with inference tensors among them, 3 outside of a graph that they may become
-            part of, 4 both.
-        run: that the cell is of.
     """
 
+    # None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
+    # graph, 2 with inference tensors among them, 3 outside of a graph that they may become
+    # part of, 4 both.
     cell: Cell | None = None
-    run: Any = None
+    run: Any = None  # that the cell is of
 
     def pause(self) -> Cell | None:
         """Taps write nowhere, until what this gives is given to `go_on`."""
@@ -113,10 +110,8 @@ class HookTap(Hook):
 
     Args:
         read: what it notes of a call.
-        line: to write to.
         other: called with the hook's arguments when no run is under way.
         fault: called with the module and the error, should we fail.
-        owner: the session.
         stand: puts in its place, before a module, what does the same at less cost; returns None
             where that cannot be.
     """

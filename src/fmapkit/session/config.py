@@ -15,24 +15,14 @@ from fmapkit.session.analyses import Analyses
 
 @dataclass(frozen=True, slots=True)
 class CaptureConfig:
-    """What one capture was asked for.
+    """What one capture was asked for."""
 
-    Attributes:
-        model: to be captured.
-        names: of its modules.
-        wants: which maps to hold, and how.
-        edits: what to change while the model runs.
-        analyses: who sees each map.
-        stop: ends a pass early; None where none is to be ended.
-        methods: whose calls are passes, too.
-        check: looks at every map of a pass; None where none is to be looked at.
-    """
-
-    model: nn.Module
-    names: Names
-    wants: Selection
-    edits: RequestedEdits
-    analyses: Analyses
-    stop: EarlyStop | None = None
-    methods: tuple[str, ...] = ()
+    model: nn.Module  # to be captured
+    names: Names  # of its modules
+    wants: Selection  # which maps to hold, and how
+    edits: RequestedEdits  # what to change while the model runs
+    analyses: Analyses  # who sees each map
+    stop: EarlyStop | None = None  # ends a pass early; None where none is to be ended
+    methods: tuple[str, ...] = ()  # whose calls are passes, too
+    # Looks at every map of a pass; None where none is to be looked at.
     check: FiniteCheck | None = None

@@ -47,10 +47,6 @@ class KeptMaps:
     def keep(self, current: Pass, failed: bool) -> None:
         """A pass has ended.
 
-        Args:
-            current: it.
-            failed: by an exception.
-
         Raises:
             BudgetError: its maps are more than was allowed.
             NonFiniteError: the check has found something.

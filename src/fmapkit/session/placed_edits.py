@@ -30,10 +30,6 @@ class ReplayedEdits(PlacedEdits):
     """The edits of one call of a region that is all of a pass.
 
     Args:
-        names: of the model's modules.
-        edits: to be carried out.
-        current: the pass.
-        run: the call.
         on_path: whether that has taken so many decisions, and those of the plan's path.
     """
 

@@ -73,12 +73,8 @@ class Recorder:
         """A call of a region begins that there is no plan for.
 
         Args:
-            module: the region.
             form: of the call; None if it can be replayed never.
             state: that the region is in.
-            sizes: of its inputs.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
             inputs: what its tensors carry; empty where nothing around it is traced.
 
         Returns:
@@ -114,8 +110,6 @@ class Recorder:
         """The call has ended.
 
         Args:
-            module: the region.
-            output: what it returns.
             failed: by an exception, and returns nothing.
 
         Returns:
@@ -256,12 +250,7 @@ class Recorder:
         self._installer.taps(module, plan)
 
     def finish(self, tracer: Tracer, failed: bool) -> None:
-        """The traced pass has ended.
-
-        Args:
-            tracer: of the pass.
-            failed: by an exception.
-        """
+        """The traced pass has ended."""
         self._live.trace_out()
         if self._ended and not failed:  # the model handles that: no plan tells what comes then
             self._open(*self._ended)
@@ -317,8 +306,6 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
     Its next call, in the same pass perhaps, overwrites them.
 
     Args:
-        tracer: of the pass.
-        frame: of the region's call.
         passed: tensors that were given to it, or that it returned: others know of these.
     """
     record = tracer.trace.record

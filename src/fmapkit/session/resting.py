@@ -41,8 +41,6 @@ class RestingSession(Generic[_Session]):
     """A session between two blocks.
 
     Args:
-        session: it.
-        model: that it captures.
         request: what its blocks ask for.
         paths: what was known of the model's paths as the latest block ended.
         before: the session as it rested before that block; None if it was new.
@@ -75,22 +73,14 @@ class RestingSession(Generic[_Session]):
 
 @dataclass(slots=True)
 class EndedBlock:
-    """What a block has captured, once it has ended: the session may be another block's by then.
+    """What a block has captured, once it has ended: the session may be another block's by then."""
 
-    Attributes:
-        names: of the model's modules.
-        wants: which maps to hold, and how.
-        store: where passes are kept.
-        missed: what ran and was not captured.
-        steps: how many passes there were.
-        resting: the block's session, for the next block.
-    """
-
-    names: Names
-    wants: Selection
-    store: PassStore
-    missed: list[Missed]
-    steps: int
+    names: Names  # of the model's modules
+    wants: Selection  # which maps to hold, and how
+    store: PassStore  # where passes are kept
+    missed: list[Missed]  # what ran and was not captured
+    steps: int  # how many passes there were
+    # The block's session, for the next block.
     resting: RestingSession[Any] | None = field(default=None, repr=False)
 
     def tell(self, ids: Tensor | None, mask: Tensor | None) -> None:
@@ -124,7 +114,6 @@ def resting_session(model: nn.Module, request: Hashable | None) -> RestingSessio
     """The session that has captured a model for the same, if it rests and nobody has taken it.
 
     Args:
-        model: to be captured.
         request: what is asked for; None if no session may go on with it.
     """
     if request is None or unwrap(model) is not model:
@@ -138,7 +127,6 @@ def is_wayward(model: nn.Module, strayed: bool) -> bool:
     """Whether a model's blocks are to be learned anew, each of them.
 
     Args:
-        model: it.
         strayed: it has just left a path that was relied on.
     """
     if strayed:

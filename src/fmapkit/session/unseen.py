@@ -107,11 +107,7 @@ class UnseenCalls:
                     self._misses.add(name, Reason.SCRIPTED.text())
 
     def scripted_call(self, function: str) -> None:
-        """A scripted function is called in a pass: name it, at the module of the model it runs in.
-
-        Args:
-            function: its name.
-        """
+        """A scripted function is called in a pass: name it, at the module that it runs in."""
         inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
         if inside and isinstance(inside[-1], torch.jit.ScriptModule):
             self._misses.add(self._names.of(inside[-1]), Reason.SCRIPTED.text())

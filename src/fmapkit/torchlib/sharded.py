@@ -21,17 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Who has the rest of a plain tensor that is a part of a map.
+    """Who has the rest of a plain tensor that is a part of a map."""
 
-    Attributes:
-        mesh: the ranks whose parts, along the filter axis, make the whole.
-        total: how many filters that is.
-        unknown: there may be other parts, and nothing tells.
-    """
-
-    mesh: DeviceMesh | None = None
-    total: int = 0
-    unknown: bool = False
+    mesh: DeviceMesh | None = None  # the ranks whose parts, along the filter axis, make the whole
+    total: int = 0  # how many filters that is
+    unknown: bool = False  # there may be other parts, and nothing tells
 
 
 _PLAIN = (Tensor, nn.Parameter)
