@@ -31,8 +31,6 @@ from fmapkit.torchlib.call_override import (
     there,
 )
 
-__all__ = ["Hooks", "Off", "computes_weights", "hooks_on"]
-
 
 def hooks_on(module: nn.Module) -> tuple[Any, ...]:
     """All hooks on a module, and all of ours before its call, of whichever session."""

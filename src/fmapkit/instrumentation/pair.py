@@ -10,8 +10,6 @@ from torch import nn
 from fmapkit.instrumentation.hook import Around, Given, Hook, nothing
 from fmapkit.torchlib.call_override import CallOverride, all_pre_hooks
 
-__all__ = ["FAILED", "Outside", "Pair", "Returned"]
-
 # What a pair is told that a call returned which an `Exception` has ended.
 FAILED = object()
 

@@ -16,28 +16,17 @@ If a pass takes the decisions of an earlier one, on inputs of the same form, in 
 model of the same structure, it makes the same calls of torch on the same tensors.
 """
 
-from fmapkit.paths.branches import only_raises
-from fmapkit.paths.control import ControlPaths
-from fmapkit.paths.known_paths import Expected, KnownPaths
-from fmapkit.paths.number_rules import Sizes, by_rule, rules_of, same_but_for_numbers
-from fmapkit.paths.recorders import taps
-from fmapkit.paths.sinks import unrecorded
-from fmapkit.paths.survey import runs_own_code
-from fmapkit.paths.twins import Resting, keeps_number, may_be_handled
-
-__all__ = [
-    "ControlPaths",
-    "Expected",
-    "KnownPaths",
-    "Resting",
-    "Sizes",
-    "by_rule",
-    "keeps_number",
-    "may_be_handled",
-    "only_raises",
-    "rules_of",
-    "runs_own_code",
-    "same_but_for_numbers",
-    "taps",
-    "unrecorded",
-]
+from fmapkit.paths.branches import only_raises as only_raises
+from fmapkit.paths.control import ControlPaths as ControlPaths
+from fmapkit.paths.known_paths import Expected as Expected
+from fmapkit.paths.known_paths import KnownPaths as KnownPaths
+from fmapkit.paths.number_rules import Sizes as Sizes
+from fmapkit.paths.number_rules import by_rule as by_rule
+from fmapkit.paths.number_rules import rules_of as rules_of
+from fmapkit.paths.number_rules import same_but_for_numbers as same_but_for_numbers
+from fmapkit.paths.recorders import taps as taps
+from fmapkit.paths.sinks import unrecorded as unrecorded
+from fmapkit.paths.survey import runs_own_code as runs_own_code
+from fmapkit.paths.twins import Resting as Resting
+from fmapkit.paths.twins import keeps_number as keeps_number
+from fmapkit.paths.twins import may_be_handled as may_be_handled

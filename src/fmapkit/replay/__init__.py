@@ -18,47 +18,30 @@ ReplayRun             run.py          one call: what it notes is compared with t
   LightMode           light_mode.py   σ in torch's own code, where no tap can be set
 """
 
-from fmapkit.replay.caches import Fill, fill_of, has_more
-from fmapkit.replay.call_form import carried, shape_of, sizes_of
-from fmapkit.replay.call_taps import can_stand, tap_of
-from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap
-from fmapkit.replay.escapes import EscapedTensors
-from fmapkit.replay.input_truths import InputTruths, Truths
-from fmapkit.replay.light_mode import LightMode
-from fmapkit.replay.model_guard import ModelGuard
-from fmapkit.replay.plan import KernelSteps, Plan
-from fmapkit.replay.planning import make_plan
-from fmapkit.replay.regions import ReplayRegion, ReplayRegions
-from fmapkit.replay.run import ReplayRun
-from fmapkit.replay.site_taps import PlainSite
-from fmapkit.replay.taps import CurrentRun
-
-__all__ = [
-    "ChannelLabelRef",
-    "CurrentRun",
-    "Effects",
-    "EscapedTensors",
-    "Fill",
-    "InputTruths",
-    "KernelSteps",
-    "LightMode",
-    "ModelGuard",
-    "PassPiece",
-    "PlainSite",
-    "Plan",
-    "Ref",
-    "Relations",
-    "ReplayRegion",
-    "ReplayRegions",
-    "ReplayRun",
-    "SiteMap",
-    "Truths",
-    "can_stand",
-    "carried",
-    "fill_of",
-    "has_more",
-    "make_plan",
-    "shape_of",
-    "sizes_of",
-    "tap_of",
-]
+from fmapkit.replay.caches import Fill as Fill
+from fmapkit.replay.caches import fill_of as fill_of
+from fmapkit.replay.caches import has_more as has_more
+from fmapkit.replay.call_form import carried as carried
+from fmapkit.replay.call_form import shape_of as shape_of
+from fmapkit.replay.call_form import sizes_of as sizes_of
+from fmapkit.replay.call_taps import can_stand as can_stand
+from fmapkit.replay.call_taps import tap_of as tap_of
+from fmapkit.replay.effects import ChannelLabelRef as ChannelLabelRef
+from fmapkit.replay.effects import Effects as Effects
+from fmapkit.replay.effects import PassPiece as PassPiece
+from fmapkit.replay.effects import Ref as Ref
+from fmapkit.replay.effects import Relations as Relations
+from fmapkit.replay.effects import SiteMap as SiteMap
+from fmapkit.replay.escapes import EscapedTensors as EscapedTensors
+from fmapkit.replay.input_truths import InputTruths as InputTruths
+from fmapkit.replay.input_truths import Truths as Truths
+from fmapkit.replay.light_mode import LightMode as LightMode
+from fmapkit.replay.model_guard import ModelGuard as ModelGuard
+from fmapkit.replay.plan import KernelSteps as KernelSteps
+from fmapkit.replay.plan import Plan as Plan
+from fmapkit.replay.planning import make_plan as make_plan
+from fmapkit.replay.regions import ReplayRegion as ReplayRegion
+from fmapkit.replay.regions import ReplayRegions as ReplayRegions
+from fmapkit.replay.run import ReplayRun as ReplayRun
+from fmapkit.replay.site_taps import PlainSite as PlainSite
+from fmapkit.replay.taps import CurrentRun as CurrentRun

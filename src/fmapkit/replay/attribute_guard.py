@@ -22,8 +22,6 @@ from fmapkit.replay.escapes import own_names
 from fmapkit.torchlib.caching import DictWatch, remembered
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["AttributeGuard", "calls_torchs"]
-
 _MOST_STATES = 64
 _PLAIN = frozenset(
     {

@@ -35,8 +35,6 @@ from fmapkit.replay.escapes import (
 )
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["Fill", "fill_of", "has_more"]
-
 # By place: what it is in (the attributes of an object, globals, a cell), and how much is there: the
 # size of a container with those of what is in it, a tensor's shape.
 Fill = dict[tuple[int, Hashable], tuple[Any, Any]]

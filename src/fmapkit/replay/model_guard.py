@@ -25,8 +25,6 @@ from fmapkit.torchlib.call_override import standing_before
 from fmapkit.torchlib.compiled_modules import compiled_call, ever_compiled
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["ModelGuard"]
-
 _FORWARD = repeat("forward")
 _MODULES = itemgetter("_modules")
 _forward = attrgetter("forward")

@@ -16,8 +16,6 @@ from torch import nn
 
 from fmapkit.paths import Sizes, same_but_for_numbers
 
-__all__ = ["Probation"]
-
 _FIRST = 32  # passes on one path
 _MOST_SIZES = 8  # of a module's calls: how many its items are kept for
 

@@ -28,8 +28,6 @@ from fmapkit.torchlib.tensor_spec import weights_of
 from fmapkit.torchlib.transforms import under_transform
 from fmapkit.tracing import InputRead, Tracer
 
-__all__ = ["ReplayRegion", "ReplayRegions"]
-
 _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
 _MOST_FORMS = 16  # of what is kept of earlier calls

@@ -22,8 +22,6 @@ from fmapkit.session.parts import SessionParts
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing import Frame, Tracer
 
-__all__ = ["Answer", "AnswerOutside", "AnswerRecording", "AnswerReplaying", "AnswerTracing"]
-
 
 class AnswerOutside:
     """No pass is under way: a module of the model that runs now is named."""

@@ -31,9 +31,6 @@ from fmapkit.session.passes import Passes
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.fused.paths import fuses
 
-__all__ = ["HookDispatcher"]
-
-
 # Modules with thousands of names are memory to go through: what each pass asks is found here.
 _thread: Callable[[], int] = threading.get_ident
 

@@ -23,8 +23,6 @@ from fmapkit.session.state import PassState
 from fmapkit.session.unseen import UnseenCalls
 from fmapkit.storage import Budget, PassStore
 
-__all__ = ["SessionParts"]
-
 
 class SessionParts:
     """The parts of one capture.

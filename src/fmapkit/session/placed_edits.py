@@ -23,8 +23,6 @@ from fmapkit.storage import Pass
 from fmapkit.torchlib.side_ops import clone
 from fmapkit.tracing import Place, PlacedEdits, goes_on_in
 
-__all__ = ["ReplayedEdits"]
-
 
 class ReplayedEdits(PlacedEdits):
     """The edits of one call of a region that is all of a pass.

@@ -39,9 +39,6 @@ from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec, sharing
 
-__all__ = ["RegionCalls"]
-
-
 UNEDITED = (
     "a part of the model took a way through its code that no earlier pass had taken, in which an "
     "edit may have had a place; the next pass is traced"

@@ -28,8 +28,6 @@ from fmapkit.selection import Selection
 from fmapkit.storage import PassStore
 from fmapkit.torchlib.compiled_modules import compiled_roots, ever_compiled
 
-__all__ = ["EndedBlock", "RestingSession", "is_wayward", "request_of", "resting_session"]
-
 _ALIKE = 16  # blocks in a row
 _PLAIN = (type(None), bool, int, str)
 

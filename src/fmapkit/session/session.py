@@ -42,8 +42,6 @@ from fmapkit.storage import Budget
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
 
-__all__ = ["Rest", "Session"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rest:

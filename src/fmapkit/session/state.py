@@ -21,8 +21,6 @@ from fmapkit.storage import Pass
 from fmapkit.torchlib.modes import leave_mode, mode_count, pop_mode, push_mode
 from fmapkit.tracing import Frame, LabelTable, Tracer
 
-__all__ = ["PassState", "Recording"]
-
 
 @dataclass(slots=True)
 class Recording:
