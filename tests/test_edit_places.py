@@ -29,8 +29,7 @@ from fmapkit import (
     edits,
 )
 from fmapkit.edits import Where
-from fmapkit.torchlib.nested import leaves
-from fmapkit.torchlib.rebuilt import rebuilt
+from fmapkit.torchlib.nested import leaves, rebuilt
 from tests import truth
 
 Change = Callable[[Tensor], Tensor]

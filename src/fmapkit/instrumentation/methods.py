@@ -121,9 +121,6 @@ class Methods:
         self._model, self._names, self._calls = model, names, calls
         self._set: list[_Method] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._names)
-
     def stand(self) -> None:
         """The block begins."""
         with lock:

@@ -46,7 +46,8 @@ class ControlPaths:
         self._model = model
         self._place_of = place_of
         self._running = running
-        self._sink: sinks.DecisionSink | None = None
+        self._items: list[Any] = []  # the decisions of the pass
+        self._records = False
         self._survey: Survey | None = None
         self._lookers: frozenset[types.CodeType] = frozenset()
         self._tried: dict[int, types.CodeType] = {}
@@ -77,7 +78,7 @@ class ControlPaths:
                 for function in tuple(_helpers.get(kind, ())):
                     self.twins.exchange(function)
         self.twins.set_again()
-        self._sink = sinks.start(self._place_of, self._modules)
+        self._items, self._records = sinks.start(self._place_of, self._modules).items, True
 
     def _set_class(self, kind: type) -> None:
         """Have the forward of a class record, and what it is likely to call.
@@ -110,8 +111,8 @@ class ControlPaths:
     def end(self) -> None:
         """The pass has ended."""
         self._end_survey()
-        if self._sink is not None:
-            self._sink = None
+        if self._records:
+            self._items, self._records = [], False
             sinks.stop()
 
     # -- a call that is traced ----------------------------------------------------------------
@@ -164,20 +165,20 @@ class ControlPaths:
 
     def expect(self, path: list[Any] | None) -> Expected:
         """A call begins that is taken to take a path."""
-        return Expected(self._sink.items if self._sink is not None else [], self.position, path)
+        return Expected(self._items, len(self._items), path)
 
     @property
     def position(self) -> int:
         """How many decisions were recorded so far."""
-        return len(self._sink.items) if self._sink is not None else 0
+        return len(self._items)
 
     def clock(self) -> Callable[[], int]:
         """The same, for whoever asks often in this pass."""
-        return self._sink.items.__len__ if self._sink is not None else int
+        return self._items.__len__
 
     def since(self, position: int) -> list[Any]:
         """The decisions from a position on."""
-        return self._sink.items[position:] if self._sink is not None else []
+        return self._items[position:]
 
     def site_of(self, asking: types.FrameType, function: Any) -> str | None:
         """Where in the model's source a torch function was called that is under way.

@@ -126,18 +126,14 @@ class _Path(Generic[_Plan]):
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call took this path, which `holds_for` its sizes, with numbers that follow."""
         whole = len(items) == len(next(iter(self.by_sizes.values())))
-        still = self._kept(items, sizes) if whole else None
+        still = self.rules_kept(items, sizes) if whole else None
         if still is None:
             return False
         self._hold_to(still)
         self._keep(items, sizes)
         return True
 
-    def begins(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call that is under way has taken this path so far."""
-        return self._kept(items, sizes) is not None
-
-    def _kept(self, items: list[Any], sizes: Sizes) -> dict[tuple[int, ...], set[Rule]] | None:
+    def rules_kept(self, items: list[Any], sizes: Sizes) -> dict[tuple[int, ...], set[Rule]] | None:
         """The rules that numbers have kept to, up to where a call is; None if it has left."""
         count = len(items)
         found = differences(next(iter(self.by_sizes.values()))[:count], items)
@@ -174,7 +170,9 @@ class _Path(Generic[_Plan]):
         for place, old, new in found:
             if place not in rules:
                 both = rules_of(old, before) & rules_of(new, sizes)
-                rules[place] = both or self._roundings(place, new, sizes)
+                # Or by rounding, that no other rule tells.
+                past = [(item_at(i, place), known) for known, i in self.by_sizes.items()]
+                rules[place] = both or roundings([*past, (new, sizes)])
         seen = [*self.by_sizes, sizes]
         for place in number_places(items):
             if place not in rules:
@@ -200,11 +198,6 @@ class _Path(Generic[_Plan]):
         exact = {p: [one for one in r if one[0] != "rounded"] for p, r in rules.items()}
         self._sorts = [(min(r), sort_of(item_at(items, p))) for p, r in exact.items() if r]
 
-    def _roundings(self, place: tuple[int, ...], new: int, sizes: Sizes) -> set[Rule]:
-        """How a number may follow by rounding that no other rule tells."""
-        before = [(item_at(items, place), known) for known, items in self.by_sizes.items()]
-        return roundings([*before, (new, sizes)])
-
     def numbers(self, items: list[Any], sizes: Sizes) -> set[tuple[int, int]] | None:
         """The whole numbers in which a call on other sizes differs; None if not in such alone."""
         before, known = next(iter(self.by_sizes.items()))
@@ -226,9 +219,8 @@ class _Path(Generic[_Plan]):
         return tuple(running)
 
     def _keep(self, items: list[Any], sizes: Sizes) -> None:
-        if (
-            len(self.by_sizes) >= _MOST_SIZES
-        ):  # the first one stays: the others are compared with it
+        # The first one stays: the others are compared with it.
+        if len(self.by_sizes) >= _MOST_SIZES:
             self.by_sizes = dict(list(self.by_sizes.items())[:1])
         self.by_sizes[sizes] = items
 
@@ -297,7 +289,7 @@ class KnownPaths(Generic[_Plan]):
     def begun(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call under way has taken its plan's path so far, if `items` does not tell."""
         path = self._path(sizes)
-        return path is not None and path.begins(items, sizes)
+        return path is not None and path.rules_kept(items, sizes) is not None
 
     def items(self, sizes: Sizes) -> list[Any] | None:
         """Those that a call on such inputs is taken to decide; None if they are not known yet."""

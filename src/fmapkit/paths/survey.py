@@ -23,8 +23,8 @@ from fmapkit.paths.twins import is_twin
 from fmapkit.torchlib.caching import remembered
 
 _SEPARATOR = os.sep
-_STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}
-_SITE = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("purelib", "platlib")}
+_STDLIB = tuple(sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib"))
+_SITE = tuple(sysconfig.get_paths()[k] + _SEPARATOR for k in ("purelib", "platlib"))
 _HOMES = tuple(
     os.path.dirname(os.path.abspath(file)) + _SEPARATOR
     for file in (torch.__file__, np.__file__, os.path.dirname(__file__))
@@ -57,7 +57,7 @@ def trust(code: types.CodeType) -> None:
 
 def is_installed(code: types.CodeType) -> bool:
     """Whether code is of a package that was installed."""
-    return code.co_filename.startswith(tuple(_SITE))
+    return code.co_filename.startswith(_SITE)
 
 
 @remembered
@@ -75,22 +75,20 @@ def _is_trusted(code: types.CodeType) -> bool:
     file = code.co_filename
     if file.startswith(_HOMES) or file.startswith("<frozen "):
         return True
-    if any(map(file.startswith, _SITE)):
+    if file.startswith(_SITE):
         place = file.replace(_SEPARATOR, "/")
         return any(
             home in place and place.endswith(end) and qualified_name(code).startswith(name)
             for home, end, name in _PLAIN_DATA
         )
-    if any(map(file.startswith, _STDLIB)):
+    if not file.startswith("<"):
+        return file.startswith(_STDLIB)
+    # `__new__` of a named tuple; of a dataclass, whether the other is of its class.
+    if code.co_names == ("_tuple_new",) or code.co_name == "__eq__":
         return True
-    if file.startswith("<") and code.co_name in _GENERATED:
-        if code.co_name == "__eq__":  # of a dataclass: whether the other is of its class
-            return True
-    if file.startswith("<") and code.co_names == ("_tuple_new",):  # `__new__` of a named tuple
-        return True
-    if file.startswith("<") and code.co_name in _GENERATED:
-        return not any(i.opcode in _JUMPS for i in dis.get_instructions(code))
-    return False
+    if code.co_name not in _GENERATED:
+        return False
+    return not any(i.opcode in _JUMPS for i in dis.get_instructions(code))
 
 
 def _is_aside(frame: types.FrameType | None) -> bool:

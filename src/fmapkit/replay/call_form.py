@@ -13,9 +13,8 @@ from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
-__all__ = ["carried", "shape_of", "sizes_of"]
-
-_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
+# Arguments that are told by their values.
+TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
 
 def shape_of(value: Any) -> Any:
@@ -30,7 +29,7 @@ def shape_of(value: Any) -> Any:
         return tuple([shape_of(v) for v in value])
     if isinstance(value, dict):
         return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
-    return value if type(value) in _TOLD else type(value)
+    return value if type(value) in TOLD else type(value)
 
 
 def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:

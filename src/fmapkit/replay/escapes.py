@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -19,19 +19,6 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import modules_in
-
-__all__ = [
-    "COMMON",
-    "EscapedTensors",
-    "closed_over",
-    "contents",
-    "globals_of",
-    "keys_of",
-    "members_of",
-    "own_attributes",
-    "own_names",
-]
-
 
 COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may stand in the last
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType)
@@ -115,7 +102,8 @@ class EscapedTensors:
                     return True
             elif depth < _DEEPEST and id(found) not in seen:
                 seen.add(id(found))
-                todo += [(i, depth + 1) for i in _inside(found) if type(i) not in _PLAIN]
+                inside = *members_of(found), *own_attributes(found).values()
+                todo += [(i, depth + 1) for i in inside if type(i) not in _PLAIN]
         return False
 
 
@@ -147,11 +135,6 @@ def contents(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    yield from members_of(value)
-    yield from own_attributes(value).values()
 
 
 def members_of(value: Any) -> list[Any]:

@@ -22,8 +22,6 @@ from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.tracing import InputRead, read
 
-__all__ = ["InputTruths", "OwnTensors", "Truths"]
-
 # Of each truth that was read, it; of whole numbers, how many there were.
 Truths = tuple[Any, ...]
 _MOST_SIZES = 32
@@ -175,7 +173,7 @@ class OwnTensors:
 
     def noted(self) -> list[Callable[[], Any]]:
         """Those that there are now, None in the place of any other value, and none kept alive."""
-        return [weakref.ref(t) if isinstance(t, Tensor) else _nothing for t in self._now()]
+        return [weakref.ref(t) if isinstance(t, Tensor) else type(None) for t in self._now()]
 
     def after(self, given: Sequence[Tensor]) -> list[Any]:
         """The same, after the tensors that a call is given."""
@@ -183,10 +181,6 @@ class OwnTensors:
 
     def _now(self) -> list[Any]:
         return [holder.get(name) for holder, name in self._places]
-
-
-def _nothing() -> None:
-    """In the place of what is no tensor."""
 
 
 @remembered

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import Sizes
+from fmapkit.replay.call_form import TOLD
 from fmapkit.replay.escapes import keys_of, members_of, own_attributes
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, modules_in
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
-__all__ = ["KeptState"]
-
 _MARK = "\0"  # before their places: no path into an output begins so
 _DEEPEST = 9
 _MOST = 1_000  # objects
 _NUMBERS = frozenset({int, float})
-_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
 
 class KeptState:
@@ -128,7 +126,7 @@ class _KeptForm:
         self.count += len(values)
         if self.count > _MOST:
             return ()
-        return tuple([(type(v), v) if type(v) in _TOLD else self._of(v, depth) for v in values])
+        return tuple([(type(v), v) if type(v) in TOLD else self._of(v, depth) for v in values])
 
     def _of(self, value: Any, depth: int) -> Any:
         """The form of a container, of an object, or of a number."""
@@ -156,6 +154,6 @@ class _KeptForm:
         kind = type(key)
         if kind is tuple:
             return tuple(map(self._key, key))
-        if kind not in _TOLD and kind not in _NUMBERS and not isinstance(key, Enum):
+        if kind not in TOLD and kind not in _NUMBERS and not isinstance(key, Enum):
             self.ordered = False  # it is not compared: objects may be equal, and others than before
         return kind, key

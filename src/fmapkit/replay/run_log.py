@@ -116,19 +116,18 @@ class RunLog(PassPiece):
 
     def kept(self, step: Step, z: Tensor) -> Slots:
         """What is stored of z, whose memory nobody else has any more."""
-        found: Slots = {}
-        for emission in step.emissions:
-            slot = _slot(emission)
-            if emission.slot == "x" and slot not in found:
-                found[slot] = self._stored(replace(emission, copy=False), z, None)
-        return found
+        emissions = [replace(emission, copy=False) for emission in step.emissions]
+        return self._of_x(emissions, z, None)
 
     def read_before(self, step: Step, x: Tensor) -> Slots:
         """What is stored of x, which the call is about to overwrite."""
         if step.shared:
             self.exchange(x, clone)
-        grad, found = self.watched(x), {}
-        for emission in step.emissions:
+        return self._of_x(step.emissions, x, self.watched(x))
+
+    def _of_x(self, emissions: Iterable[MapSpec], x: Tensor, grad: Gradient | None) -> Slots:
+        found: Slots = {}
+        for emission in emissions:
             slot = _slot(emission)
             if emission.slot == "x" and slot not in found:
                 found[slot] = self._stored(emission, x, grad)
@@ -162,12 +161,10 @@ class RunLog(PassPiece):
             read.append(shared[slot])
         return read
 
-    def read_each(self, step: Step, values: Iterable[Tensor]) -> list[Item | None]:
+    def read_each(self, step: Step, values: Iterable[Tensor]) -> list[Item]:
         """The same where each map of a step is a tensor of its own, which nobody writes to."""
-        read: list[Item | None] = []
-        for emission, value in zip(step.emissions, values, strict=True):
-            read.append(self._stored(emission, value, None))
-        return read
+        pairs = zip(step.emissions, values, strict=True)
+        return [self._stored(emission, value, None) for emission, value in pairs]
 
     def read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
         """What is held of a function that returned something else than a plain tensor."""

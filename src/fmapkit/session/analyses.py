@@ -82,12 +82,9 @@ class Analyses:
                 except MapStateError as error:
                     yield entry.origin.name, Reason.ANALYSES_DID_NOT_SEE.text(error=error)
                     continue
-                self._update(fm)
-
-    def _update(self, fm: Any) -> None:
-        for analysis in self._all:
-            try:
-                analysis.update(fm)
-            except Exception as error:
-                self.raised = error
-                raise
+                try:
+                    for analysis in self._all:
+                        analysis.update(fm)
+                except Exception as error:
+                    self.raised = error
+                    raise

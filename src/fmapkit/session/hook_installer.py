@@ -29,8 +29,6 @@ from fmapkit.session.state import PassState
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.sharded import moves_data
 
-__all__ = ["HookCallbacks", "HookInstaller"]
-
 
 @dataclass(frozen=True, slots=True)
 class HookCallbacks:
@@ -140,7 +138,9 @@ class HookInstaller:
     def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
-        around = plan.toggles | plan.scopes | plan.before | plan.fusing | plan.edited | _keyed(plan)
+        around = plan.toggles | plan.scopes | plan.before | plan.fusing | plan.edited
+        # Taps whose input comes by keyword need the costlier hook.
+        around |= {s.module for s in plan.steps if s.key is not None and s.module is not None}
         kept = around.union(self._regions.direct)
         if hooks.drop("around", keep=kept, only=modules_in(region)):
             self.tapped.clear()  # by another plan, or by a recording that left none
@@ -158,7 +158,8 @@ class HookInstaller:
             if tapped in keeping:
                 replaced |= hooks.after(tapped, tap_of("kept", *to))
             elif how is None or tapped in before:
-                replaced |= hooks.after(tapped, self._slow(calls.tap))
+                # All there is to do at once: the pass may end with it, or be shown.
+                replaced |= hooks.after(tapped, Hook(calls.tap, hooks.owner))
             else:
                 replaced |= hooks.after(tapped, tap_of(how, *to, self._gradients))
         if replaced:  # other plans, of this region or one that shares a module, set theirs again
@@ -171,12 +172,3 @@ class HookInstaller:
             for site, how in plan.plain_sites.items():
                 (name,) = plan.sites[site]
                 self.sites[region][site] = PlainSite(site, name, how, self.line)
-
-    def _slow(self, call: Callable[..., Any]) -> Hook:
-        """A tap that does all there is to do at once: the pass may end with it, or be shown."""
-        return Hook(call, self._hooks.owner)
-
-
-def _keyed(plan: Plan) -> frozenset[nn.Module]:
-    """Taps whose input comes by keyword need the costlier hook."""
-    return frozenset(s.module for s in plan.steps if s.key is not None and s.module is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -238,9 +239,11 @@ class Passes:
             parts.recorder.finish(live.tracer, failed)
         if current is not None and not failed:
             if wants.picks and not parts.store.fleeting:
-                self._name_unpicked(current)
+                there = {e.origin.name for e in current.entries()}
+                self._name_absent(there, wants.without_maps, Reason.FILTERS_WITHOUT_MAP)
             if wants.kind("attention") and not (stop is not None and stop.ended):
-                self._name_without_attention(current)
+                there = {e.origin.name for e in current.entries() if e.kind == "attention"}
+                self._name_absent(there, wants.without_attention, Reason.NO_ATTENTION)
             if stop is not None:
                 stop.learn(current)
         live.clear()
@@ -263,19 +266,12 @@ class Passes:
             current.weights.update(versions(self.asked.names.by_module))
         self._parts.kept_maps.keep(current, failed)
 
-    def _name_unpicked(self, current: Pass) -> None:
+    def _name_absent(
+        self, there: set[str], absent: Callable[[set[str]], Iterable[str]], reason: Reason
+    ) -> None:
         misses = self._parts.misses
-        named = {entry.layer for entry in misses.entries}
-        there = {e.origin.name for e in current.entries()}
-        for layer in self.asked.wants.without_maps(there | named):
-            misses.add(layer, Reason.FILTERS_WITHOUT_MAP.text())
-
-    def _name_without_attention(self, current: Pass) -> None:
-        misses = self._parts.misses
-        seen = {e.origin.name for e in current.entries() if e.kind == "attention"}
-        named = {entry.layer for entry in misses.entries}
-        for layer in self.asked.wants.without_attention(seen | named):
-            misses.add(layer, Reason.NO_ATTENTION.text())
+        for layer in absent(there | {entry.layer for entry in misses.entries}):
+            misses.add(layer, reason.text())
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""

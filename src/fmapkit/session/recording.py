@@ -34,8 +34,6 @@ from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.tracing import Event, Frame, Tracer
 
-__all__ = ["Recorder"]
-
 
 class Recorder:
     """Records regions."""
@@ -332,7 +330,4 @@ def _saved(held: list[StoredTensor]) -> bool:
 
 def _sharded(event: Event) -> bool:
     """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
-    for _, entry in event.entries:
-        if entry.held is not None and is_wrapped(entry.held.tensor):
-            return True
-    return False
+    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)

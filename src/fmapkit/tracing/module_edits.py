@@ -20,9 +20,8 @@ from fmapkit.model import Names
 from fmapkit.provenance import ChannelLayout, flow_of
 from fmapkit.storage import MapRecord, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.nested import leaves, rebuilt
 from fmapkit.torchlib.operators import without_torch_function
-from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import Place, first_tensor
 from fmapkit.tracing.pass_trace import PassTrace
 

@@ -34,7 +34,12 @@ COMPARED: dict[type[ast.cmpop], str] = {
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
 
-# Builtins that make them.
+# What binds its name, if it has one.
+_NAMED = (
+    *(ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef),
+    *(ast.ExceptHandler, ast.MatchAs, ast.MatchStar),
+)
+# Builtins that make rows.
 _MAKE_ROWS = {"list", "sorted", "tuple"}
 
 Position = tuple[int | None, int | None, int | None, int | None]
@@ -117,13 +122,9 @@ def names_bound(node: ast.AST) -> frozenset[str]:
             found.add(inner.arg)
         elif isinstance(inner, ast.Global | ast.Nonlocal):
             found.update(inner.names)
-        elif isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            found.add(inner.name)
         elif isinstance(inner, ast.alias):
             found.add((inner.asname or inner.name).partition(".")[0])
-        elif (isinstance(inner, ast.ExceptHandler) and inner.name) or (
-            isinstance(inner, (ast.MatchAs, ast.MatchStar)) and inner.name
-        ):
+        elif isinstance(inner, _NAMED) and inner.name:
             found.add(inner.name)
         elif isinstance(inner, ast.MatchMapping) and inner.rest:
             found.add(inner.rest)
