@@ -21,7 +21,6 @@ import dataclasses
 import os
 import random
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -518,8 +517,3 @@ def _difference(left: Any, right: Any) -> str:
 def bare_copy(model: nn.Module) -> nn.Module:
     """A copy that is never captured, to compare with."""
     return copy.deepcopy(model)
-
-
-def names_of(runs: Sequence[Run]) -> Counter[str]:
-    """How many runs of each nonlinearity, for messages and tables."""
-    return Counter(run.sigma for run in runs)

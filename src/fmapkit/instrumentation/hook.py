@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -52,19 +53,18 @@ def nothing(*args: Any) -> None:
     """What a hook of ours becomes once it is removed."""
 
 
+@dataclass(slots=True, eq=False)
 class Given:
     """What a module is given: that is known when the pre hooks of others have run."""
 
-    __slots__ = ("_begin", "_handle", "_thread", "args", "begun", "kwargs", "module", "owner")
-
-    def __init__(self, owner: object, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.owner = owner
-        self.module = module
-        self.args, self.kwargs = args, kwargs
-        self.begun = False
-        self._begin: Callable[..., Any] = nothing
-        self._handle: Any = None
-        self._thread = 0
+    owner: object
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    begun: bool = False
+    _begin: Callable[..., Any] = nothing
+    _handle: Any = None
+    _thread: int = 0
 
     def tell(self, begin: Callable[..., Any]) -> None:
         """Have (module, args, kwargs) told, and taken what is returned for these, if anything.

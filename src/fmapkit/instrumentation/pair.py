@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,13 +15,11 @@ from fmapkit.torchlib.call_override import CallOverride, all_pre_hooks
 FAILED = object()
 
 
+@dataclass(slots=True, eq=False)
 class Returned:
     """What a call returns that has been made already, where no hook of torch's is to see it."""
 
-    __slots__ = ("output",)
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
+    output: Any
 
 
 class Pair(Around):

@@ -11,6 +11,7 @@ same till then may follow it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fmapkit.paths.number_rules import (
@@ -35,22 +36,14 @@ _MOST_PATHS = 16
 _MOST_NEW = 8
 
 
+@dataclass(slots=True, eq=False)
 class Expected:
-    """A call that is under way, and the path that it is taken to take.
+    """A call that is under way, and the path that it is taken to take."""
 
-    Args:
-        recorded: what is recorded of the pass, which grows.
-        start: where the call's own path begins in that.
-        path: that it is to take; None where its numbers are not known beforehand.
-    """
-
-    __slots__ = ("_checked", "_path", "_recorded", "_start")
-
-    def __init__(self, recorded: list[Any], start: int, path: list[Any] | None) -> None:
-        self._recorded = recorded
-        self._start = start
-        self._path = path
-        self._checked = 0
+    _recorded: list[Any]  # what is recorded of the pass, which grows
+    _start: int  # where the call's own path begins in that
+    _path: list[Any] | None  # that it is to take; None where its numbers are not known beforehand
+    _checked: int = 0  # so many of its decisions are those of the path
 
     def taken(self) -> list[Any]:
         """What the call has decided so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,22 +13,15 @@ from torch import Tensor, nn
 ident: Callable[[], int] = threading.get_ident
 
 
+@dataclass(slots=True, eq=False)
 class DecisionSink:
-    """Where one thread's items go while it records.
+    """Where one thread's items go while it records."""
 
-    Args:
-        place_of: names the place of a parameter in the model; None for any other tensor.
-    """
-
-    __slots__ = ("items", "modules", "place_of", "users")
-
-    def __init__(
-        self, place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]
-    ) -> None:
-        self.items: list[Any] = []  # the decisions taken so far
-        self.place_of = place_of
-        self.modules = modules
-        self.users = 0  # how many captures record
+    # Names the place of a parameter in the model; None for any other tensor.
+    place_of: Callable[[Tensor], str | None]
+    modules: Container[nn.Module]
+    items: list[Any]  # the decisions taken so far
+    users: int = 0  # how many captures record
 
 
 # By thread: the `append` of its list of items, and what it belongs to.
@@ -41,7 +35,7 @@ def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module
     thread = ident()
     sink = sinks.get(thread)
     if sink is None:
-        sink = sinks[thread] = DecisionSink(place_of, modules)
+        sink = sinks[thread] = DecisionSink(place_of, modules, [])
         _appends[thread] = sink.items.append
     sink.users += 1
     return sink

@@ -23,15 +23,18 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing import Frame, Tracer
 
 
-class AnswerOutside:
-    """No pass is under way: a module of the model that runs now is named."""
-
+class _OfParts:
     def __init__(self, parts: SessionParts) -> None:
-        self._parts = parts
+        self._parts, self._live = parts, parts.live
+        self._regions, self._region_calls = parts.regions, parts.region_calls
+
+
+class AnswerOutside(_OfParts):
+    """No pass is under way: a module of the model that runs now is named."""
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins."""
-        asked, live = self._parts.asked, self._parts.live
+        asked, live = self._parts.asked, self._live
         if not live.idle and self._parts.unseen.stray(module) and asked.edits:
             asked.edits.refuse_outside(asked.names.of(module))
         return None
@@ -45,12 +48,8 @@ class AnswerOutside:
         return None
 
 
-class AnswerReplaying:
+class AnswerReplaying(_OfParts):
     """A region is replayed: only its taps look."""
-
-    def __init__(self, parts: SessionParts) -> None:
-        self._live = parts.live
-        self._region_calls = parts.region_calls
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the region begins, or the region calls itself."""
@@ -73,14 +72,8 @@ class AnswerReplaying:
         return self._region_calls.after(run, module, args, kwargs, output, failed)
 
 
-class AnswerTracing:
+class AnswerTracing(_OfParts):
     """The tracer sees the code of a module, and leaves the regions that it calls alone."""
-
-    def __init__(self, parts: SessionParts) -> None:
-        self._live = parts.live
-        self._regions = parts.regions
-        self._region_calls = parts.region_calls
-        self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a region, or of a module whose own code is seen."""
