@@ -15,7 +15,6 @@ ReplayRun             run.py          one call: what it notes is compared with t
   RunLog              run_log.py      what was noted, and the maps that it stands for
   taps                taps.py         hooks; call_taps.py: before the calls of modules;
                                       site_taps.py: where calls of functions are written
-  LightMode           light_mode.py   σ in torch's own code, where no tap can be set
 """
 
 from fmapkit.replay.caches import Fill as Fill
@@ -35,7 +34,6 @@ from fmapkit.replay.effects import SiteMap as SiteMap
 from fmapkit.replay.escapes import EscapedTensors as EscapedTensors
 from fmapkit.replay.input_truths import InputTruths as InputTruths
 from fmapkit.replay.input_truths import Truths as Truths
-from fmapkit.replay.light_mode import LightMode as LightMode
 from fmapkit.replay.model_guard import ModelGuard as ModelGuard
 from fmapkit.replay.plan import KernelSteps as KernelSteps
 from fmapkit.replay.plan import Plan as Plan
@@ -43,5 +41,6 @@ from fmapkit.replay.planning import make_plan as make_plan
 from fmapkit.replay.regions import ReplayRegion as ReplayRegion
 from fmapkit.replay.regions import ReplayRegions as ReplayRegions
 from fmapkit.replay.run import ReplayRun as ReplayRun
+from fmapkit.replay.site_taps import LightMode as LightMode
 from fmapkit.replay.site_taps import PlainSite as PlainSite
 from fmapkit.replay.taps import CurrentRun as CurrentRun

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from fmapkit.missed import RAISED
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, out_of_place
-from fmapkit.replay.light_mode import LightMode
 from fmapkit.replay.plan import KernelSteps, Plan, Step
 from fmapkit.replay.plan_steps import IN_KERNEL
 from fmapkit.replay.run_log import RunLog, Slots
-from fmapkit.replay.site_taps import PlainSite, unbound_and_named
+from fmapkit.replay.site_taps import LightMode, PlainSite, unbound_and_named
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.torchlib.autograd import graph_task
@@ -298,8 +297,7 @@ class ReplayRun(RunLog):
     def before_in_place(self, x: Any) -> Tensor | None:
         """An in-place σ is about to overwrite x: what will hold z if x is given new memory.
 
-        Returns:
-            None where it may not be; what is held of the memory is to be copied then.
+        None where it may not be; what is held of the memory is to be copied then.
         """
         if not self.wants.detach or self.wants.gradients or not is_alone(x):
             return None

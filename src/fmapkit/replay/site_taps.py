@@ -7,20 +7,25 @@ and never looks at the plan. What is not so plain is a matter of `ReplayRun.call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from types import BuiltinMethodType, FunctionType, MethodDescriptorType
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import _get_current_function_mode
 
 from fmapkit.provenance import describe, out_of_place
 from fmapkit.replay.taps import CurrentRun
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.in_place import may_leave_memory, write_apart
+from fmapkit.torchlib.modes import ObserverMode, leave_mode
 
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
 
+@dataclass(slots=True, eq=False)
 class PlainSite:
     """A place in the source where one function is called, and is read plainly.
 
@@ -29,15 +34,12 @@ class PlainSite:
             of an in-place nonlinearity, z as it was, and y.
     """
 
-    __slots__ = ("_function", "_how", "_line", "_name", "_site", "_tap")
-
-    def __init__(self, site: str, name: str, how: str, line: CurrentRun) -> None:
-        self._site = site
-        self._name = name
-        self._how = how
-        self._line = line
-        self._function: Any = None  # what was called here before
-        self._tap: Any = None
+    _site: str
+    _name: str
+    _how: str
+    _line: CurrentRun
+    _function: Any = None  # what was called here before
+    _tap: Any = None
 
     def instead_of(self, function: Any) -> Callable[..., Any] | None:
         """What to call in the place of a function; None if it is not the one that is read here."""
@@ -154,3 +156,56 @@ def unbound_and_named(function: Any) -> tuple[Any, str]:
     if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
         function = getattr(type(function.__self__), function.__name__)
     return function, describe(function).name
+
+
+class LightMode(ObserverMode):
+    """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass.
+
+    Args:
+        names: of the functions that are read.
+        call: calls one of them: (name, function, args, kwargs).
+    """
+
+    def __init__(self, names: Collection[str], call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.names = names
+        self.call = call
+        self.on = False
+        self._pushed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = describe(func)
+        if not self.on or graph_task() != -1:
+            return func(*args, **(kwargs or {}))
+        if known.opened is not None:  # as the tracer saw its inside
+            with self:
+                return known.opened(*args, **(kwargs or {}))
+        if known.name in self.names:
+            return self.call(known.name, func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def resume(self) -> None:
+        """From here on it sees what runs."""
+        self.on = True
+        if not self._pushed:
+            self._pushed = True
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def pause(self) -> bool:
+        """From here on it sees nothing; whether it did.
+
+        It leaves torch's stack, where it costs time, unless another mode lies on top of it: that
+        one expects to be taken off first.
+        """
+        was, self.on = self.on, False
+        if self._pushed and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            self._pushed = False
+            self.__exit__(None, None, None)
+        return was
+
+    def leave(self) -> None:
+        """Leave the stack for good."""
+        self.on = False
+        if self._pushed:
+            self._pushed = False
+            leave_mode(self)

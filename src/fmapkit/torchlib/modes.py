@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # A mode's `with` does no more than this, several calls deeper.
@@ -56,23 +51,23 @@ def leave_mode(mode: TorchFunctionMode) -> None:
     """Take a function mode off torch's stack, wherever it lies; those above it stay."""
     above = []
     while mode_count():
-        top = _pop_mode()  # type: ignore[no-untyped-call]
+        top = pop_mode()
         if top is mode:
             break
         above.append(top)
     for other in reversed(above):
-        _push_mode(other)  # type: ignore[no-untyped-call]
+        push_mode(other)
 
 
 @contextmanager
 def without_modes() -> Iterator[None]:
     """Torch's stack of function modes, empty for a while; what is put on it there works."""
-    modes = [_pop_mode() for _ in range(mode_count())]  # type: ignore[no-untyped-call]
+    modes = [pop_mode() for _ in range(mode_count())]
     try:
         yield
     finally:
         for mode in reversed(modes):
-            _push_mode(mode)  # type: ignore[no-untyped-call]
+            push_mode(mode)
 
 
 class ObserverMode(TorchFunctionMode):
