@@ -36,11 +36,6 @@ _NONE = object()
 class AttributeGuard:
     """The states that the attributes of a module, and of all modules in it, have been in."""
 
-    __slots__ = (
-        *("_count", "_dicts", "_getters", "_latest", "_lengths", "_looked_at", "_modules"),
-        *("_names", "_numbers", "_places", "_states", "_values"),
-    )
-
     def __init__(self, module: nn.Module) -> None:
         self._modules = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
         self._count = itertools.count()
@@ -76,9 +71,8 @@ class AttributeGuard:
             self._values = list(map(_comparable, self._now()))
         else:
             self._values = [values[id(module)] for module, _ in self._looked_at]
-        self._states: list[list[Any]] = [self._values]
-        self._latest = next(self._count)
-        self._numbers = [self._latest]
+        self._number = self._latest = next(self._count)  # that stands for these
+        self._states = {self._number: self._values}
 
     def _now(self) -> list[Any]:
         """What the attributes are, module by module."""
@@ -96,21 +90,23 @@ class AttributeGuard:
             now = self._now()
         except KeyError:  # one was deleted
             self._look_at_all()
-            return self._numbers[0]
+            return self._number
         lengths = list(map(len, chain.from_iterable(self._places)))
         if lengths != self._lengths:
             self._lengths = lengths
             if self._more():
-                return self._numbers[0]
+                return self._number
         if _equal(now, self._values):
-            return self._numbers[0]
+            return self._number
         now = list(map(_comparable, now))
-        if now not in self._states:
-            if len(self._states) >= _MOST_STATES:
-                del self._states[1:], self._numbers[1:]
-            self._states.append(now)
-            self._numbers.append(next(self._count))
-        return self._numbers[self._states.index(now)]
+        for number, known in self._states.items():
+            if now == known:
+                return number
+        if len(self._states) >= _MOST_STATES:
+            self._states = {self._number: self._values}
+        new = next(self._count)
+        self._states[new] = now
+        return new
 
     def _more(self) -> bool:
         """Look at attributes that came, as where one takes the place of its class's, too."""
@@ -125,7 +121,7 @@ class AttributeGuard:
 
     def knows(self, number: int) -> bool:
         """Whether a number stands for a state that is remembered."""
-        return number in self._numbers
+        return number in self._states
 
     def differ_in_floats(self, one: int, other: int) -> bool:
         """Whether nothing but floats differs in two states, as where some are annealed."""
@@ -135,23 +131,16 @@ class AttributeGuard:
         )
 
     def tell(self, numbers: set[Any], one: int, other: int) -> bool:
-        """Whether an attribute is a number that differs in two states.
-
-        Args:
-            numbers: pairs of what each of them is in the one, and in the other.
-        """
+        """Whether an attribute differs in two states as one of some numbers does: a pair."""
         return bool(numbers) and any(pair in numbers for _, pair in self._changes(one, other))
 
     def _changes(self, one: int, other: int) -> Iterator[tuple[nn.Module, tuple[Any, Any]]]:
         """The attributes that differ in two states: their modules, and what they are in each."""
-        before, now = self._two(one, other)
-        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
+        states = self._states[one], self._states[other]
+        for (module, keys), old, new in zip(self._looked_at, *states, strict=True):
             if old != new:
                 pairs = zip(old, new, strict=True) if len(keys) > 1 else [(old, new)]
                 yield from ((module, pair) for pair in pairs if pair[0] != pair[1])
-
-    def _two(self, one: int, other: int) -> Iterator[list[Any]]:
-        return (self._states[self._numbers.index(number)] for number in (one, other))
 
     def may_look_less(self, one: int, other: int) -> bool:
         """Whether anything differs in two states that torch's own code does not decide by."""
@@ -160,22 +149,20 @@ class AttributeGuard:
     def look_less(self, one: int, other: int) -> int:
         """Compare no more what differs in two states in which the same path was taken.
 
-        Attributes that torch's own code may decide by are compared all the same.
-
-        Returns:
-            The number that stands for both from now on; none that was given before holds.
+        Attributes that torch's own code may decide by are compared all the same. Returns the number
+        that stands for both from now on; none that was given before holds.
         """
         names: dict[int, list[str]] = {id(m): [] for m in self._modules}
         values: dict[int, Any] = {}
-        before, now = self._two(one, other)
-        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
+        states = self._states[one], self._states[other]
+        for (module, keys), old, new in zip(self._looked_at, *states, strict=True):
             pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
             kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
             names[id(module)] = list(kept)
             if kept:
                 values[id(module)] = tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1]
         self._look_at(names, values)
-        return self._numbers[0]
+        return self._number
 
 
 def calls_torchs(items: list[Any]) -> bool:

@@ -36,33 +36,19 @@ _MOST_STATES = 4  # in which a kind of call is known while it is not clear which
 
 
 class ReplayRegion:
-    """One region.
-
-    Attributes:
-        form: tells dtype and layout of its weights.
-        fusing: tells, of tensors that it is given, what torch fuses by.
-        kept: where its calls keep tensors that later ones may read.
-        own: the tensors that its modules have.
-    """
-
-    __slots__ = (
-        *("_attributes", "_filling", "_kept_forms", "_known", "_latest", "_truths"),
-        *("form", "fusing", "kept", "own"),
-    )
+    """One region."""
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self._latest: Any = None
-        self.form, self.fusing = weights_of(module), fusing_of(module)
-        self.kept, self.own = KeptState(module), OwnTensors(module)
+        self.form = weights_of(module)  # tells dtype and layout of its weights
+        self.fusing = fusing_of(module)  # tells, of tensors that it is given, what torch fuses by
+        self.kept = KeptState(module)  # where its calls keep tensors that later ones may read
+        self.own = OwnTensors(module)  # the tensors that its modules have
         self._kept_forms: set[Any] = set()
         self._filling: set[Any] = set()
-        self._attributes = AttributeGuard(module)
-
-    def state(self) -> int:
-        """The number of the state that the attributes of its modules are in."""
-        return self._attributes.state()
+        self.attributes = AttributeGuard(module)
 
     def keeps(
         self, attributes: Iterable[tuple[nn.Module, str]], arguments: Iterable[int | str]
@@ -153,25 +139,21 @@ class ReplayRegion:
         others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
         if self.kept:  # Python itself may pick by them among what is kept
             return state if len(others) < _MOST_STATES else None
-        others = {s: p for s, p in others.items() if self._attributes.knows(s)}
+        others = {s: p for s, p in others.items() if self.attributes.knows(s)}
         same = [
             s for s, p in others.items() if self._alike(p.numbers(items, sizes), kind, s, state)
         ]
-        annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
+        annealed = bool(same) and self.attributes.differ_in_floats(same[0], state)
         if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
-        if same and self._attributes.may_look_less(same[0], state) and not calls_torchs(items):
+        if same and self.attributes.may_look_less(same[0], state) and not calls_torchs(items):
             self._forget()
-            return self._attributes.look_less(same[0], state)
+            return self.attributes.look_less(same[0], state)
         return state
 
     def _alike(self, numbers: set[Any] | None, kind: Any, one: int, other: int) -> bool:
-        """Whether calls of a kind are the same in two states, and none of these tells a number.
-
-        Args:
-            numbers: in which their paths differ, on other sizes; None if they differ otherwise.
-        """
-        if numbers is None or self._attributes.tell(numbers, one, other):
+        """Whether calls of a kind are the same in two states, and none of these tells a number."""
+        if numbers is None or self.attributes.tell(numbers, one, other):
             return False
         before, now = (self._truths.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
@@ -240,11 +222,7 @@ class ReplayRegions:
         self._known: dict[nn.Module, ReplayRegion] = {}
 
     def turn(self, training: bool) -> bool:
-        """A pass begins in training mode, or in eval mode.
-
-        Returns:
-            Whether other modules are to be traced than in the pass before.
-        """
+        """A pass begins, in training or not: whether other modules are to be traced than before."""
         if training is self._training:
             return False
         self._training = training
@@ -319,11 +297,7 @@ class ReplayRegions:
             self._known.pop(module, None)
 
     def strayed(self, region: nn.Module, deciding: Iterable[nn.Module]) -> None:
-        """A region takes several ways: it is traced until it has taken one for long.
-
-        Args:
-            deciding: the modules in it that decide which.
-        """
+        """A region takes several ways, as some in it decide: traced until it takes one for long."""
         if self.probation.trusts(modules_in(region)):
             self._open(self.probation.withdraw())
         new = {region, *deciding}.difference(self._opened)
@@ -340,14 +314,7 @@ class ReplayRegions:
         return [path for region in self._known.values() for path in region.paths_known()]
 
     def end_pass(self, whole: bool) -> bool:
-        """A traced pass has ended.
-
-        Args:
-            whole: all of it was seen.
-
-        Returns:
-            Whether modules that were traced may be replayed from now on.
-        """
+        """A traced pass has ended, seen as a `whole` or not: whether others may be replayed now."""
         settled = self.probation.end_pass(whole)
         if not settled:
             return False

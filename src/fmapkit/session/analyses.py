@@ -34,9 +34,6 @@ class Analysis(Protocol):
 class Analyses:
     """The analyses of one capture.
 
-    Args:
-        given: one analysis, or several.
-
     Raises:
         ArgumentError: something has no `update`.
     """

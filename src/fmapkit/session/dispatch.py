@@ -63,11 +63,7 @@ class HookDispatcher:
     # -- a module's call ----------------------------------------------------------------------
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module's call begins.
-
-        Returns:
-            The arguments that it is to get instead; None for its own.
-        """
+        """A module's call begins; the arguments that it is to get instead, None for its own."""
         live = self._live
         if _thread() != live.thread or graph_task() != -1:
             self._elsewhere(module)
@@ -107,10 +103,9 @@ class HookDispatcher:
         return self._fused.enter(module, args, kwargs)
 
     def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """A module's call has ended; the output is `FAILED` after an `Exception`.
+        """A module's call has ended; the output that is to be returned instead, None for its own.
 
-        Returns:
-            The output that is to be returned instead; None for its own.
+        Its output is `FAILED` after an `Exception`.
         """
         live = self._live
         if _thread() != live.thread or graph_task() != -1:

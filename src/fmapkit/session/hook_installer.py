@@ -24,7 +24,6 @@ from fmapkit.replay import (
     can_stand,
     tap_of,
 )
-from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.sharded import moves_data
@@ -52,12 +51,12 @@ class HookInstaller:
 
     def __init__(
         self,
-        asked: CaptureConfig,
+        live: PassState,
         hooks: Hooks,
         regions: ReplayRegions,
-        live: PassState,
         callbacks: Callable[[], HookCallbacks],
     ) -> None:
+        asked = live.asked
         self.tapped: dict[nn.Module, Plan] = {}  # the plan that each region's taps are set for
         # Where each region's functions are read plainly.
         self.sites: dict[nn.Module, dict[str, PlainSite]] = {}
@@ -78,9 +77,9 @@ class HookInstaller:
         calls = self._callbacks()
         self._hooks.watched_around(self._model, calls.pre, calls.post, calls.overwritten)
 
-    def early(self) -> None:
-        """Those on all modules."""
-        self._around(modules_in(self._model))
+    def on_all_in(self, module: nn.Module) -> None:
+        """On all of the model, before its first pass; on a region, until there is a plan for it."""
+        self._around(modules_in(module))
         self._beyond = True
 
     def _around(self, modules: Iterable[nn.Module]) -> None:
@@ -129,11 +128,6 @@ class HookInstaller:
         """A region is about to be learned."""
         self._hooks.drop("after")
         self.tapped.clear()
-
-    def in_recording(self, region: nn.Module) -> None:
-        """On every module in a region, while it is recorded, and until there is a plan for it."""
-        self._around(modules_in(region))
-        self._beyond = True
 
     def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fmapkit.missed import MissedLog, NotSupportedError, Reason
+from fmapkit.missed import NotSupportedError, Reason
 from fmapkit.replay import ReplayRun
-from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
 from fmapkit.storage import (
     Budget,
@@ -22,24 +21,17 @@ from fmapkit.torchlib.modes import without_modes
 class KeptMaps:
     """Keeps the maps of the passes that have ended."""
 
-    def __init__(
-        self,
-        asked: CaptureConfig,
-        live: PassState,
-        misses: MissedLog,
-        store: PassStore,
-        budget: Budget | None,
-    ) -> None:
-        self._wants = asked.wants
+    def __init__(self, live: PassState, store: PassStore, budget: Budget | None) -> None:
+        asked = live.asked
+        self._wants = wants = asked.wants
         self._analyses = asked.analyses
         self._live = live
-        self._misses = misses
+        self._misses = live.misses
         self._store = store
         self._budget = budget
         self._check = asked.check
         # With keep=0, maps go as they are seen; what a check is to look at stays to the end.
         self._fleeting = store.fleeting and asked.check is None
-        wants = asked.wants
         copies = bool(wants.retention) or wants.filters is not None
         put_away = copies or self._analyses or store.fleeting or budget or asked.check is not None
         self._only_references = not put_away

@@ -55,11 +55,11 @@ class SessionParts:
         barring = hooks.others_on if asked.stop is not None else hooks.unrecorded_on
         # Which modules are replayed as a whole.
         self.regions = regions = ReplayRegions(hooks.others_on, barring)
-        self.installer = HookInstaller(asked, hooks, regions, live, callbacks)
-        self.recorder = Recorder(asked, live, misses, regions, self.installer, paths)
-        self.kept_maps = KeptMaps(asked, live, misses, self.store, budget)
+        self.installer = HookInstaller(live, hooks, regions, callbacks)
+        self.recorder = Recorder(live, regions, self.installer)
+        self.kept_maps = KeptMaps(live, self.store, budget)
         told = self.installer, self.recorder, self.kept_maps
-        self.region_calls = RegionCalls(asked, live, misses, regions, *told, paths)
+        self.region_calls = RegionCalls(live, regions, *told)
         # Runs modules by their fused paths.
         self.fused = FusedPaths(
             asked, live, hooks, misses, paths, lambda *told: callbacks().fault(*told)

@@ -45,23 +45,14 @@ def _is_of_others(given: Tensor, inputs: list[Tensor]) -> bool:
 
 
 class Passes:
-    """Begins and ends the passes of one capture.
-
-    Args:
-        every: capture each n-th pass.
-        compiled: the entries at compiled modules.
-
-    Attributes:
-        watch: whether the model is still the one that was learned.
-    """
+    """Begins and ends the passes of one capture."""
 
     def __init__(self, parts: SessionParts, every: int, compiled: CompiledEntries) -> None:
-        self.asked = asked = parts.asked  # by the capture
+        self.asked = asked = parts.asked
         self.steps = 0  # how many passes have begun, captured or not
-        # By the user, of the inputs of the next pass: their numbers, and which positions
-        # are no padding; None where that is not said.
+        # By the user, of the next pass's inputs: their numbers, and which positions are no padding.
         self.told: tuple[Tensor | None, Tensor | None] = None, None
-        self.watch = ModelGuard(asked.model, parts.hooks)  # since `names` were read
+        self.watch = ModelGuard(asked.model, parts.hooks)  # is it that of which `names` are?
         self._parts = parts
         self._live = parts.live
         self._every = every
@@ -74,14 +65,7 @@ class Passes:
     # -- begin --------------------------------------------------------------------------------
 
     def begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
-        """A call of the model begins.
-
-        Args:
-            compiled: it runs compiled code.
-
-        Returns:
-            Whether it is a pass to be captured.
-        """
+        """A call of the model begins, of `compiled` code or not: whether it is to be captured."""
         live, parts, step = self._live, self._parts, self.steps
         (ids, mask), self.told = self.told, (None, None)
         self.steps += 1

@@ -25,11 +25,7 @@ from fmapkit.tracing import Place, PlacedEdits, goes_on_in
 
 
 class ReplayedEdits(PlacedEdits):
-    """The edits of one call of a region that is all of a pass.
-
-    Args:
-        on_path: whether that has taken so many decisions, and those of the plan's path.
-    """
+    """The edits of one call of a region that is all of a pass."""
 
     def __init__(
         self,
@@ -41,7 +37,7 @@ class ReplayedEdits(PlacedEdits):
     ) -> None:
         super().__init__(names, edits, current)
         self._run = run
-        self._on_path = on_path
+        self._on_path = on_path  # after so many decisions, as its plan has them
 
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         with self._run.paused():

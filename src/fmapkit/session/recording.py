@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.missed import MissedLog, Reason
+from fmapkit.missed import Reason
 from fmapkit.nonlinearities import is_torchs
-from fmapkit.paths import ControlPaths, Sizes
+from fmapkit.paths import Sizes
 from fmapkit.provenance import Label, note_exchanged
 from fmapkit.replay import (
     EscapedTensors,
@@ -25,7 +25,6 @@ from fmapkit.replay import (
     has_more,
     make_plan,
 )
-from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.state import PassState, Recording
 from fmapkit.storage import StoredTensor, check_all
@@ -38,23 +37,15 @@ from fmapkit.tracing import Event, Frame, Tracer
 class Recorder:
     """Records regions."""
 
-    def __init__(
-        self,
-        asked: CaptureConfig,
-        live: PassState,
-        misses: MissedLog,
-        regions: ReplayRegions,
-        installer: HookInstaller,
-        paths: ControlPaths,
-    ) -> None:
-        self._model = asked.model
-        self._names = asked.names
-        self._edits = asked.edits
+    def __init__(self, live: PassState, regions: ReplayRegions, installer: HookInstaller) -> None:
+        self._model = live.asked.model
+        self._names = live.asked.names
+        self._edits = live.asked.edits
         self._live = live
-        self._misses = misses
+        self._misses = live.misses
         self._regions = regions
         self._installer = installer
-        self._paths = paths
+        self._paths = live.paths
         self._ended: list[nn.Module] = []  # in this pass, by an exception
         self._checked = False  # the latest region was all there was of the pass
 
@@ -68,15 +59,12 @@ class Recorder:
         kwargs: Any,
         inputs: list[Label],
     ) -> Any:
-        """A call of a region begins that there is no plan for.
+        """A call of a region begins that there is no plan for (see `RegionCalls.enter`).
 
         Args:
             form: of the call; None if it can be replayed never.
             state: that the region is in.
             inputs: what its tensors carry; empty where nothing around it is traced.
-
-        Returns:
-            The arguments that it is to get instead; None for its own.
         """
         self._installer.no_taps()
         tracer = self._live.tracer
@@ -87,7 +75,7 @@ class Recorder:
         else:
             seen = tracer.trace.labels.seen()
         record = tracer.trace.record
-        self._installer.in_recording(module)
+        self._installer.on_all_in(module)
         tracer.trace.begin_region()
         position = record.firings.clock()
         frame = tracer.modules.enter(module, args, kwargs)
@@ -105,14 +93,7 @@ class Recorder:
         return frame.replaced
 
     def leave(self, module: nn.Module, output: Any, failed: bool) -> Any:
-        """The call has ended.
-
-        Args:
-            failed: by an exception, and returns nothing.
-
-        Returns:
-            The output that is to be returned instead; None for its own.
-        """
+        """The call has ended; the output that is to be returned instead, None for its own."""
         tracer, recording = self._live.tracer, self._live.recording
         assert recording is not None and tracer is not None
         frame, trace, record = recording.frame, tracer.trace, tracer.trace.record
@@ -135,7 +116,7 @@ class Recorder:
             _check_held(events)
             self._checked = module is self._model
             useful = complete and recording.form is not None and not hopeless
-            decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
+            decides = self._decides(module, tracer) or self._remembers(recording, tracer)
             decides = decides or self._reaches_out(recording, tracer, output)
             useful = useful and not any(map(_sharded, events))
             if not decides and useful and not self._has_filled(recording):
@@ -163,7 +144,7 @@ class Recorder:
             self._open(recording.module)
         return found
 
-    def _remembers(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
+    def _remembers(self, recording: Recording, tracer: Tracer) -> bool:
         """Whether tensors of the pass are kept where a later pass may read them."""
         frame, region = recording.frame, recording.module
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
@@ -301,10 +282,8 @@ def _told(plan: Plan, events: Sequence[Event]) -> bool:
 def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor]) -> None:
     """Copy maps, now and in later calls, that lie in memory which a region writes to, and keeps.
 
-    Its next call, in the same pass perhaps, overwrites them.
-
-    Args:
-        passed: tensors that were given to it, or that it returned: others know of these.
+    Its next call, in the same pass perhaps, overwrites them. Of tensors that were passed to it, or
+    that it returned, others know.
     """
     record = tracer.trace.record
     written = record.aliases.written_since(frame.writes)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.missed import MissedLog, Reason, reason
-from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
+from fmapkit.missed import Reason, reason
+from fmapkit.paths import Expected, KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, buffers_at
 from fmapkit.replay import (
     InputTruths,
@@ -27,7 +27,6 @@ from fmapkit.replay import (
     shape_of,
     sizes_of,
 )
-from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.placed_edits import ReplayedEdits
@@ -75,44 +74,37 @@ class RegionCalls:
 
     def __init__(
         self,
-        asked: CaptureConfig,
         live: PassState,
-        misses: MissedLog,
         regions: ReplayRegions,
         installer: HookInstaller,
         recorder: Recorder,
         kept_maps: KeptMaps,
-        paths: ControlPaths,
     ) -> None:
-        self._model = asked.model
+        asked = live.asked
         self._names = asked.names
         self._wants = asked.wants
         self._edits = asked.edits
         self._stop = asked.stop
         self._analyses = asked.analyses
         self._live = live
-        self._misses = misses
+        self._misses = live.misses
         self._regions = regions
         self._installer = installer
         self._recorder = recorder
         self._kept_maps = kept_maps
-        self._paths = paths
+        self._paths = live.paths
         self._taking: _Taken | None = None  # the run that is under way
         self._region: ReplayRegion | None = None  # whose run it is
         self._placed: ReplayedEdits | None = None  # its edits
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A call of a region begins.
-
-        Returns:
-            The arguments that it is to get instead; None for its own.
-        """
+        """A call of a region begins; the arguments that it is to get instead, None for its own."""
         tracer = self._live.tracer
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
         region = self._region = self._regions.of(module)
         modes = self._modes(region, args, kwargs)
-        state = region.state()
+        state = region.attributes.state()
         latest: _Taken | None = region.take_latest()
         if latest is not None and latest.modes == modes and latest.state == state:
             inputs = self._same(region, latest, args, kwargs)
@@ -237,11 +229,7 @@ class RegionCalls:
         return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module inside the region is about to run.
-
-        Returns:
-            The arguments that it is to get instead; None for its own.
-        """
+        """A module inside the region is about to run; its arguments, if it is to get others."""
         plan, given = run.plan, None
         if module in plan.edited and self._placed is not None:
             given = self._placed.input(module, args, kwargs)
@@ -258,11 +246,7 @@ class RegionCalls:
     def after(
         self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
     ) -> Any:
-        """A module inside the region has run.
-
-        Returns:
-            The output that is to be returned instead; None for its own.
-        """
+        """A module inside the region has run; its output, if another is to be returned."""
         plan = run.plan
         if plan.scopes:
             if module in plan.scopes:
@@ -344,11 +328,7 @@ class RegionCalls:
         self._strayed(run, keeps=False)
 
     def _strayed(self, run: ReplayRun, keeps: bool) -> None:
-        """A region's call has taken a way that is not its plan's.
-
-        Args:
-            keeps: what was read before stays.
-        """
+        """A region's call has taken a way that is not its plan's; `keeps` what was read before."""
         assert self._taking is not None and self._region is not None
         known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()

@@ -44,8 +44,6 @@ class RestingSession(Generic[_Session]):
         before: the session as it rested before that block; None if it was new.
     """
 
-    __slots__ = ("__weakref__", "alike", "paths", "session")
-
     def __init__(
         self,
         session: _Session,
@@ -109,11 +107,7 @@ def request_of(asked: Any) -> Hashable | None:
 
 
 def resting_session(model: nn.Module, request: Hashable | None) -> RestingSession[Any] | None:
-    """The session that has captured a model for the same, if it rests and nobody has taken it.
-
-    Args:
-        request: what is asked for; None if no session may go on with it.
-    """
+    """The session that has captured a model for the same, if it rests and nobody has taken it."""
     if request is None or unwrap(model) is not model:
         return None
     with _lock:
@@ -122,11 +116,7 @@ def resting_session(model: nn.Module, request: Hashable | None) -> RestingSessio
 
 
 def is_wayward(model: nn.Module, strayed: bool) -> bool:
-    """Whether a model's blocks are to be learned anew, each of them.
-
-    Args:
-        strayed: it has just left a path that was relied on.
-    """
+    """Whether a model's blocks are to be learned anew: it has `strayed` from what was relied on."""
     if strayed:
         _wayward[id(model)] = model
     return id(model) in _wayward

@@ -6,14 +6,6 @@
       Passes          when a pass begins and ends                (session/passes.py)
     Session.close   nothing is left on the model
 
-A pass begins with the model's pre hook and ends with its post hook. In between, each module is
-
-- a *region*: the outermost module on its branch whose path is the same in each pass. Its first call
-  of a kind is recorded by the tracer; later ones are replayed, with one tap per site;
-- a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
-  forward in every pass, and leaves the regions in it alone;
-- inside a region, where only taps are set.
-
 What a capture consists of is told in `session/parts.py`, what is under way, in `session/state.py`.
 """
 
@@ -71,14 +63,12 @@ class Session:
         every: int = 1,
         budget: Budget | None = None,
     ) -> None:
-        self.asked = asked  # by the capture
-        self.names = asked.names  # of the model's modules
-        self.wants = asked.wants  # which maps to hold, and how
-        # What is set on modules.
+        self.asked = asked
+        self.names = asked.names
+        self.wants = asked.wants
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
         self._rest: Rest | None = None  # what `go_on` puts back
         self._before: RestingSession[Session] | None = None  # as it rested before this block
-        # Of the capture.
         self.parts = SessionParts(asked, self.hooks, keep, budget, lambda: self._callbacks)
         self.store = self.parts.store  # where passes are kept
         self.compiled = CompiledEntries(asked.model, given)  # the entries at compiled modules
@@ -115,7 +105,7 @@ class Session:
         self.compiled.open(CompiledCalls(self.parts, self.passes))
         self.parts.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
-            self.parts.installer.early()
+            self.parts.installer.on_all_in(self.asked.model)
             if quiet:
                 watch.count_from_here()
 
@@ -143,9 +133,6 @@ class Session:
         Args:
             request: what was asked for; None if no other block may go on with it.
             failed: an exception has ended the block.
-
-        Returns:
-            What was captured.
         """
         before, parts, model = self._before, self.parts, self.asked.model
         # That a path is fused, each pass names anew.
@@ -178,11 +165,7 @@ class Session:
             self.parts.regions.doubt()
 
     def rest(self) -> Rest:
-        """Between two blocks, or two calls of a capture that goes on, nothing is set.
-
-        Returns:
-            What is to be given back to `wake`.
-        """
+        """Between two blocks, or calls of a capture that goes on, nothing is set until `wake`."""
         self.passes.abandon()  # of a pass that ended as usual, nothing is left
         left(self.passes)
         tell_no_more(self.calls.scripted)

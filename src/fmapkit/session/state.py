@@ -42,6 +42,9 @@ class PassState:
     """What is under way."""
 
     def __init__(self, asked: CaptureConfig, misses: MissedLog, paths: ControlPaths) -> None:
+        self.asked = asked
+        self.misses = misses  # what ran and was not captured
+        self.paths = paths  # which decisions passes take
         self.thread = threading.get_ident()  # the one that is captured
         self.current: Pass | None = None  # the pass; None outside of one
         self.idle = False  # the model runs a pass that is not captured
@@ -56,9 +59,6 @@ class PassState:
         self.tags: LabelTable | None = None
         # What hooks of others were given that only move data, and is not come back yet.
         self.moving: list[tuple[nn.Module, Any]] = []
-        self._asked = asked
-        self._misses = misses
-        self._paths = paths
         self._stacked = False  # the tracer is on torch's stack of modes
 
     def clear(self) -> None:
@@ -89,20 +89,20 @@ class PassState:
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""
-        asked, tags, paths = self._asked, self.tags, self._paths
+        asked, tags, paths = self.asked, self.tags, self.paths
         assert self.current is not None
         if tags is None:
             asked.names.update()
         self.tracer = Tracer.of_pass(
-            asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
+            asked.names, asked.wants, asked.edits, asked.stop, self.current, self.misses.add, tags
         )
         self.tracer.trace.record.firings.clock = paths.clock()
         return self.tracer
 
     def enter_compiled(self, args: Any, kwargs: Any) -> None:
         """A pass of compiled code begins: note what it is given."""
-        self._asked.names.update()
-        self.tags = LabelTable(self._asked.names)
+        self.asked.names.update()
+        self.tags = LabelTable(self.asked.names)
         self.tags.enter(args, kwargs)
 
     def traced(self) -> Tracer | None:
@@ -120,11 +120,7 @@ class PassState:
                 self._stacked = True
 
     def trace_off(self) -> bool:
-        """Pause the tracer; it leaves the stack, unless another mode lies on top of it.
-
-        Returns:
-            Whether it was on.
-        """
+        """Pause the tracer, off the stack if no other mode lies on top of it; whether it was on."""
         if self.tracer is None or self.tracer.trace.paused:
             return False
         self.tracer.trace.paused = True

@@ -28,11 +28,7 @@ from fmapkit.tracing import running_modules
 
 
 def recorded() -> str:
-    """Why a call is not captured that somebody records, to run it again without Python.
-
-    Returns:
-        The reason; empty where nobody does.
-    """
+    """Why a call is not captured: somebody records it, to run it without Python; empty if not."""
     if jit_is_tracing():
         return Reason.RECORDED.text(function="torch.jit.trace")
     if torch.compiler.is_compiling():
@@ -94,11 +90,7 @@ class UnseenCalls:
             self._misses.add("", reason)
 
     def scripted(self, compiled: bool) -> None:
-        """Name scripted modules of whose calls in a pass nobody tells.
-
-        Args:
-            compiled: the model, or a part of it, runs compiled code.
-        """
+        """Name scripted modules of whose calls nobody tells: all, where `compiled` code runs."""
         names = self._names
         for module, name in names.by_module.items():
             if isinstance(module, torch.jit.ScriptModule) and (compiled or not name):
