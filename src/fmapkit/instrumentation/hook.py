@@ -120,11 +120,7 @@ class Around(CallOverride):
 
 
 class _After(Around):
-    """Stands for a forward hook.
-
-    Args:
-        hook: (module, args, output) -> None.
-    """
+    """Stands for a forward hook."""
 
     __slots__ = ("hook",)
 

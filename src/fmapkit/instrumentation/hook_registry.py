@@ -65,13 +65,7 @@ def computes_weights(hook: Any) -> bool:
 
 
 class Off:
-    """What of ours stands before a module's call, taken away for a while.
-
-    Args:
-        wanted: tells it from what stays.
-    """
-
-    __slots__ = ("_kept", "_module")
+    """What of ours stands before a module's call, if it is `wanted`, taken away for a while."""
 
     def __init__(self, module: nn.Module, wanted: Callable[[Any], bool]) -> None:
         self._module = module
@@ -87,15 +81,11 @@ class Off:
 
 
 class Hooks:
-    """What one session has set, by role and module.
-
-    Args:
-        broken_off: told of a call that no `Exception` has ended (see `Pair`).
-    """
+    """What one session has set, by role and module."""
 
     def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
         self.owner = owner  # the session
-        self._broken_off = broken_off
+        self._broken_off = broken_off  # of a call that no `Exception` has ended (see `Pair`)
         self._set: dict[str, dict[nn.Module, tuple[Any, CallOverride]]] = {r: {} for r in _ROLES}
         self._watched: weakref.ref[Pair] | None = None
         self.begin_pass()
@@ -163,8 +153,7 @@ class Hooks:
     ) -> None:
         """A pair around the captured model, kept until all is dropped.
 
-        Args:
-            overwritten: called as soon as `module.compile()` takes the place.
+        `overwritten` is called as soon as `module.compile()` takes the place.
         """
         if not self._may_stand(module):
             return
@@ -188,8 +177,7 @@ class Hooks:
     def after(self, module: nn.Module, hook: Hook) -> bool:
         """Have a hook called after a module's calls, unless a pair of ours serves.
 
-        Returns:
-            Whether it took the place of a hook of another type.
+        Returns whether it took the place of a hook of another type.
         """
         around = module in self._set["around"] or self._model() is module
         if around or not self._may_stand(module):
@@ -239,10 +227,9 @@ class Hooks:
         keep: Iterable[nn.Module] = (),
         only: Iterable[nn.Module] | None = None,
     ) -> bool:
-        """Remove what has a role: of all modules but some, or of some only; or all there is.
+        """Remove what has a role, or all, of all modules but some, or of some only.
 
-        Returns:
-            Whether there was any.
+        Returns whether there was any.
         """
         pair = self._watched() if self._watched is not None else None
         if role is None and pair is not None:

@@ -109,11 +109,7 @@ class _Method:
 
 
 class Methods:
-    """The methods of a model whose calls are passes of one session.
-
-    Args:
-        calls: see `_Method`.
-    """
+    """The methods of a model whose calls are passes of one session."""
 
     def __init__(
         self, model: nn.Module, names: tuple[str, ...], calls: tuple[Callable[..., Any], ...]

@@ -76,12 +76,7 @@ def _only_ends_in_raise(
     start: int,
     handlers: Callable[[int], list[int]] = lambda at: [],
 ) -> bool:
-    """Whether all ways from an instruction on end in a `raise`, and in no return.
-
-    Args:
-        start: the first one's.
-        handlers: those of what is raised at an offset.
-    """
+    """Whether all ways from a step on, and their `handlers`, end in a `raise`, not a return."""
     todo, seen = [start], set[int]()
     while todo:
         now = todo.pop()

@@ -181,11 +181,7 @@ class ControlPaths:
         return self._items[position:]
 
     def site_of(self, asking: types.FrameType, function: Any) -> str | None:
-        """Where in the model's source a torch function was called that is under way.
-
-        Args:
-            asking: the innermost frame that may have called it.
-        """
+        """Where in the model's source a torch function was called, in a frame or one around it."""
         frame: types.FrameType | None = asking
         while frame is not None and frame.f_code.co_filename.startswith(_OURS):
             frame = frame.f_back

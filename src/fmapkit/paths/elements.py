@@ -79,12 +79,7 @@ def _column(given: Any) -> Any:
 
 
 def keys_of(given: Any, pairs: bool) -> Any:
-    """What is recorded of the keys of a mapping, or of a view of its items; None of others.
-
-    Args:
-        given: it may be a mapping.
-        pairs: a list or tuple of pairs is one, too.
-    """
+    """What is recorded of the keys of a mapping, or of a row of `pairs`, too; None of others."""
     kind = type(given)
     if issubclass(kind, (dict, _VIEWS[2])):
         contents: Any = contents_of(kind)

@@ -79,24 +79,15 @@ class Expected:
 
 
 class _Path(Generic[_Plan]):
-    """One path: its items for some sizes, and the rules that its numbers follow.
-
-    Attributes:
-        rules: of the numbers in it that follow the sizes: those that all calls have kept to.
-    """
-
-    __slots__ = (
-        *("_moments", "_rounded", "_sorts", "by_sizes", "constant", "general", "plan", "rules"),
-        "seen",
-    )
+    """One path: its items for some sizes, and the rules that its numbers follow."""
 
     def __init__(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
     ) -> None:
         self.plan = plan  # that holds on it
-        self._moments = moments
+        self._moments = moments  # after how many items which module began; None: some ended
         self.seen = False  # a call that was not traced took it
-        self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}  # its items
+        self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
         self._hold_to({})
         # By axis: the sizes that have been the same in all calls.
         self.constant = dict(enumerate(sizes))
@@ -148,11 +139,7 @@ class _Path(Generic[_Plan]):
         return still
 
     def takes(self, items: list[Any], sizes: Sizes, alike: bool) -> bool:
-        """A call on other sizes was traced: whether it took this path, too.
-
-        Args:
-            alike: its plan says the same.
-        """
+        """A call on other sizes was traced: whether it took this path, and its plan is `alike`."""
         if not alike:
             return False
         before, known = next((s, i) for s, i in self.by_sizes.items())
@@ -184,7 +171,7 @@ class _Path(Generic[_Plan]):
         return True
 
     def _hold_to(self, rules: dict[tuple[int, ...], set[Rule]]) -> None:
-        self.rules = rules
+        self.rules = rules  # of numbers that follow the sizes: those that all calls have kept to
         self._rounded = [r for r in rules.values() if any(one[0] == "rounded" for one in r)]
         # One rule of a number tells of which sort it will be; where they disagree, the path tells.
         items = next(iter(self.by_sizes.values()))
@@ -223,15 +210,10 @@ class KnownPaths(Generic[_Plan]):
 
     A module that takes several is to be traced in each pass, so that its parts, which take one
     each, can be read by their plans.
-
-    Args:
-        alike: whether two plans say the same.
     """
 
-    __slots__ = ("_alike", "_astray", "_doubted", "_new", "_strays", "_unruly", "lost", "paths")
-
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
-        self._alike = alike
+        self._alike = alike  # do two plans say the same?
         self.paths: list[_Path[_Plan]] = []  # those that are known
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
@@ -344,11 +326,7 @@ class KnownPaths(Generic[_Plan]):
     def learn(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
     ) -> _Plan:
-        """A call was traced; the plan that is to be kept for it.
-
-        Args:
-            moments: after how many items which module began (and None: some module ended).
-        """
+        """A call was traced; the plan that is to be kept for it."""
         self.lost = False
         new = not any(sizes in path.by_sizes for path in self.paths)
         for path in list(self.paths):

@@ -51,11 +51,7 @@ def is_twin(code: types.CodeType) -> bool:
 
 
 def twin_of(code: types.CodeType, names: dict[str, Any], attributes: frozenset[str]) -> Twin | None:
-    """The twin of a piece of code; None where its source is not to be had.
-
-    Args:
-        attributes: that are known to be fixed (see `Twins`).
-    """
+    """The twin of code of which some attributes are fixed (see `Twins`); None without a source."""
     with _lock:
         tapped = _tapped.get(code.co_filename, frozenset())
         key = (known_as(code), attributes, tapped)
@@ -97,11 +93,7 @@ def keeps_number(frame: types.FrameType) -> bool:
 
 
 def may_be_handled(frame: types.FrameType | None) -> bool:
-    """Whether code of the model's that is under way may handle an exception; a `with` may, too.
-
-    Args:
-        frame: where it would be raised.
-    """
+    """Whether code of the model's, in a frame or around it, may handle an exception."""
     while frame is not None:
         if id(frame.f_code) in _codes and handles(frame):
             return True
@@ -123,11 +115,7 @@ def _run_in(frame: types.FrameType | None) -> _Run | None:
 
 
 def _site_in(frame: types.FrameType, sites: dict[int, str]) -> str:
-    """The place of what is under way in a frame that runs a twin.
-
-    Args:
-        sites: the places in its code that are known, by instruction.
-    """
+    """The place of what is under way in a frame that runs a twin; `sites` are known."""
     site = sites.get(frame.f_lasti)
     if site is None:
         code: Any = frame.f_code
@@ -284,11 +272,7 @@ class Twins:
                     self.exchange(function)
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
-        """The same for whatever functions there are that run some code.
-
-        Args:
-            codes: each with the globals that it runs with.
-        """
+        """The same for whatever functions there are that run some code, each with its globals."""
         for code, names in codes:
             function = _named(code, names)
             if function is not None:

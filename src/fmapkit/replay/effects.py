@@ -59,7 +59,7 @@ PlaceTag = ChannelLabelRef | ParamLabelRef | None
 class SiteMap:
     """A map at a site of a piece; the record of it is made whenever the piece happens."""
 
-    kind: str  # of the map
+    kind: str
     ref: Ref  # its origin
     axes: ChannelLayout | None  # along which its filters lie
     sigma: str | None  # the nonlinearity; None where there is none
@@ -90,12 +90,7 @@ class Effects:
     def apply(
         self, record: Record, maps: Iterable[tuple[MapRecord, SiteMap]], carried: Sequence[Label]
     ) -> None:
-        """The piece has happened where no tracer saw it: tell what one would have seen.
-
-        Args:
-            maps: of the piece, in execution order.
-            carried: what its inputs carried.
-        """
+        """The piece has happened where no tracer saw it: tell what one would have seen."""
         segments, stop, aliases = record.current.segments, record.stop, record.aliases
         latest = None
         for entry, spec in maps:
@@ -199,12 +194,7 @@ class Relations:
     def effects(
         self, record: Record, events: Iterable[Event], arguments: Sequence[Any], writes: int = 0
     ) -> Effects:
-        """What the piece means to the rest of a pass.
-
-        Args:
-            arguments: the inputs themselves.
-            writes: how many there were before it.
-        """
+        """What the piece means to the rest of a pass, which had so many `writes` before it."""
         base, written = self._base, record.aliases.written_since(writes)
         received = {id(e.origin) for e in events if e.kind == "sigma"}
         counts = record.counts.items()

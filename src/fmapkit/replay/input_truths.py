@@ -159,8 +159,6 @@ class OwnTensors:
     Buffers, parameters and other attributes, of the modules whose code is not torch's.
     """
 
-    __slots__ = ("_places",)
-
     def __init__(self, module: nn.Module) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
         for each in modules_in(module):

@@ -42,22 +42,11 @@ class Probation:
         return not self._trusted.isdisjoint(modules)
 
     def called(self, module: nn.Module, sizes: Sizes, items: list[Any]) -> None:
-        """A call of a watched module has ended.
-
-        Args:
-            items: of the path that it took, with all that it called.
-        """
+        """A call of a watched module has ended; the items are of all that it called, too."""
         self._watched[module].calls.append((sizes, items))
 
     def end_pass(self, whole: bool) -> list[nn.Module]:
-        """A pass has ended.
-
-        Args:
-            whole: all of it was seen.
-
-        Returns:
-            The modules that have taken one way for long enough: they are to be replayed again.
-        """
+        """A pass has ended, seen as a `whole` or not: which modules are to be replayed again."""
         for steadiness in self._watched.values():
             steadiness.end_pass(whole)
         found = [m for m, s in self._watched.items() if s.passes >= self._needed]
@@ -88,8 +77,6 @@ class Probation:
 
 class _Steadiness:
     """How steadily a module takes one path."""
-
-    __slots__ = ("_by_sizes", "_latest", "calls", "passes")
 
     def __init__(self) -> None:
         self.passes = 0  # in a row, on one path

@@ -245,11 +245,7 @@ class RunLog(PassPiece):
         return [(e, m) for e, m in found if e.kind != "preactivation" or e.sigma is not None]
 
     def fresh(self, let_go: bool) -> Iterator[MapRecord]:
-        """The maps that have come since the last time, in execution order.
-
-        Args:
-            let_go: of each once it was seen.
-        """
+        """The maps that have come since the last time, in order; `let_go` of each once seen."""
         self._let_go = let_go
         steps, log = self.plan.steps, self.log
         if let_go and len(log) - 1 in self.plan.spare:

@@ -37,8 +37,6 @@ class DictWatch:
             order may change without one.
     """
 
-    __slots__ = ("_dicts", "_versions")
-
     def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:
         self._dicts = list({id(each): each for each in dicts}.values())
         if _version is None or not set(map(type, self._dicts)) <= {dict}:

@@ -228,12 +228,9 @@ def is_bare(module: nn.Module) -> bool:
 
 @not_compiled
 def called(module: nn.Module, depth: int = 2) -> nn.Module:
-    """The module that is being called.
+    """The module that is being called, so many frames up.
 
     Whoever copies a module's `__dict__` (DataParallel does) has us for a module that is not ours.
-
-    Args:
-        depth: how many frames up the call came from.
     """
     caller = sys._getframe(depth)
     found: nn.Module = caller.f_locals["self"] if caller.f_code is _CALL else module

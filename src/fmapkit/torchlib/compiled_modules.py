@@ -191,8 +191,7 @@ def _is_code(value: Any) -> bool:
 def compiled_by() -> Any:
     """What compiled the code that called us: torch's context of backend, mode and options.
 
-    Returns:
-        It; called with a module, it compiles that in the same way. None if nothing did.
+    Called with a module, it compiles that in the same way. None if nothing did.
     """
     compiled, disabled = _wrappers()
     at: types.FrameType | None = sys._getframe(1)

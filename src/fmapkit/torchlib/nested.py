@@ -100,11 +100,7 @@ def closed_parts(value: Any) -> list[tuple[str, str]]:
 
 
 def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """Whatever has no parts of its own.
-
-    Args:
-        entered: by id, what is being looked into, and the objects that were.
-    """
+    """Whatever has no parts of its own; `entered` has, by id, what is or was looked into."""
     if isinstance(value, Tensor) or id(value) in entered:
         if isinstance(value, Tensor):
             yield path, value

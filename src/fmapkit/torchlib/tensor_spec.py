@@ -94,12 +94,7 @@ def autocasting() -> list[str]:
 def _first_weights(
     places: Iterable[tuple[dict[str, Any], str]], images: bool = True
 ) -> list[tuple[dict[str, Any], str]]:
-    """The first of some parameters that is a weight, and the first of a convolution.
-
-    Args:
-        places: of the parameters.
-        images: there may be convolutions.
-    """
+    """The first of some parameters that is a weight, and, if there may be any, of a convolution."""
     found: list[tuple[dict[str, Any], str]] = []
     for there, name in places:
         weight = there[name]

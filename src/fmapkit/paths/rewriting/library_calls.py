@@ -74,12 +74,7 @@ _KINDS = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str]) -> Any:
-    """The function or class of a library's that an expression stands for; None if it is none.
-
-    Args:
-        names: globals of the code it is in.
-        local: names that are bound in that code.
-    """
+    """The function or class of a library's that an expression stands for; None if it is none."""
     path = dotted(function, local)
     if path is None:
         return None
@@ -88,11 +83,7 @@ def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str
 
 
 def goes_through(node: ast.Call, found: Any) -> str | None:
-    """The recorder of what a call goes through, and may pick by; None if it does no such thing.
-
-    Args:
-        found: what it goes to (see `object_named`).
-    """
+    """The recorder of what a call of `found` goes through, and may pick by; None if it does not."""
     function = node.func
     if found is map:  # it hands on all; a lambda tells of each turn itself
         return None if node.args and isinstance(node.args[0], ast.Lambda) else "unpacked"

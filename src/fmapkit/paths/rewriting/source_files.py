@@ -19,15 +19,11 @@ def known_as(code: types.CodeType) -> Code:
 
 
 class SourceFile:
-    """The functions of one source file that are inside no other, with the classes around them.
-
-    Attributes:
-        imports: the names that it imports.
-    """
+    """The functions of one source file that are inside no other, with the classes around them."""
 
     def __init__(self, source: str) -> None:
-        self.source = source  # its text
-        # The compiler treats attributes of what a file imports in a way of its own.
+        self.source = source
+        # The names that it imports: the compiler treats their attributes in a way of its own.
         self.imports: list[ast.alias] = []
         self._outermost: list[tuple[int, int, Outermost, tuple[str, ...]]] = []
         try:
@@ -40,8 +36,7 @@ class SourceFile:
     def of(cls, code: types.CodeType, names: dict[str, Any] | None = None) -> SourceFile | None:
         """The file of a piece of code, each version read once; None if it is not to be had.
 
-        Args:
-            names: its globals, by which files are found that are in no folder.
+        By the code's globals, files are found that are in no folder.
         """
         linecache.checkcache(code.co_filename)
         source = "".join(linecache.getlines(code.co_filename, names))

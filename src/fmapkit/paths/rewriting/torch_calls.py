@@ -31,11 +31,7 @@ ONLY_ZERO_DECIDES = {
 
 
 class TorchRewriter(ast.NodeTransformer):
-    """Puts recorders before these calls of one function.
-
-    Args:
-        tapped: the places of calls at which a tap may be set.
-    """
+    """Puts recorders before these calls of one function."""
 
     def __init__(self, file: str, tapped: Container[str]) -> None:
         self._file = file
@@ -49,11 +45,7 @@ class TorchRewriter(ast.NodeTransformer):
 
 
 def replaceable(node: ast.Call, callee: ast.expr, file: str, tapped: Container[str]) -> ast.expr:
-    """What a call goes to, handed to whoever may put something else in its place.
-
-    Args:
-        callee: what it goes to, which may have been handed to other recorders.
-    """
+    """What a call goes to, handed to whoever may put something else in its place."""
     called = node.func
     site = site_at(position_of(node))
     if site in tapped:
