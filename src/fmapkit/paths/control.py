@@ -216,12 +216,8 @@ _ASIDE = {
 
 def _functions_in(kind: type) -> list[types.FunctionType]:
     """The methods and properties of a class of the model's own."""
-    found: list[types.FunctionType] = []
-    for name, value in vars(kind).items():
-        inner: Any = getattr(value, "__func__", getattr(value, "fget", value))
-        if type(inner) is types.FunctionType and name not in _ASIDE:
-            found.append(inner)
-    return found
+    own = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(kind).items()}
+    return [f for n, f in own.items() if type(f) is types.FunctionType and n not in _ASIDE]
 
 
 def _lasting(item: Any) -> Any:

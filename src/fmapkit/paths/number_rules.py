@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 Sizes = tuple[int, ...]
@@ -12,12 +13,9 @@ Rule = tuple[Any, ...]
 
 # What sizes are divided by: strides, patches and windows, one after the other.
 _DIVISORS = sorted(
-    2**a * 3**b * 5**c * 7**d
-    for a in range(13)
-    for b in range(4)
-    for c in range(3)
-    for d in range(3)
-    if 2 <= 2**a * 3**b * 5**c * 7**d <= 4096
+    n
+    for a, b, c, d in product(range(13), range(4), range(3), range(3))
+    if 2 <= (n := 2**a * 3**b * 5**c * 7**d) <= 4096
 )
 # Smaller numbers are dimensions and indices, as a rule, and may be decisions.
 _LEAST_ROUNDED = 5

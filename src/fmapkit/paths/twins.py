@@ -14,6 +14,7 @@ import operator
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -319,23 +320,21 @@ def _own_code(function: types.FunctionType) -> types.CodeType:
 
 
 # Globals in which twins find their recorders, as torch.compile can trace it, and for how many.
-_lent: dict[int, int] = {}
+_lent = Counter[int]()
 
 
 def _lend(names: dict[str, Any]) -> None:
-    count = _lent.get(id(names), 0)
-    if not count:
+    if not _lent[id(names)]:
         names.update(RECORDERS)
-    _lent[id(names)] = count + 1
+    _lent[id(names)] += 1
 
 
 def _take_back(names: dict[str, Any]) -> None:
-    count = _lent.pop(id(names)) - 1
-    if count:
-        _lent[id(names)] = count
-        return
-    for name in RECORDERS:
-        names.pop(name, None)
+    _lent[id(names)] -= 1
+    if not _lent[id(names)]:
+        del _lent[id(names)]
+        for name in RECORDERS:
+            names.pop(name, None)
 
 
 def functions_of(codes: Sequence[types.CodeType]) -> Iterator[types.FunctionType]:

@@ -57,13 +57,11 @@ def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
         inputs: the tags of all tensors that come in.
         asked: what was asked for of a layer: which of its maps are held may differ from another's.
     """
-    origins: list[int] = []
+    origins: dict[int, int] = {}
     found: list[Any] = []
     for tag in inputs:
         if isinstance(tag, ChannelLabel):
-            if id(tag.origin) not in origins:
-                origins.append(id(tag.origin))
-            place = origins.index(id(tag.origin))
+            place = origins.setdefault(id(tag.origin), len(origins))
             found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
         else:
             found.append("weight" if isinstance(tag, ParamLabel) else None)

@@ -39,8 +39,10 @@ class ReplayRegion:
     """One region."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
-        self._truths: dict[tuple[Any, int], InputTruths] = {}
+        # By the kind of a call, and the state in which it began: its paths.
+        self.by_kind: dict[tuple[Any, int], KnownPaths[Plan]] = {}
+        # By its form, and that state: what it reads of its inputs.
+        self.by_form: dict[tuple[Any, int], InputTruths] = {}
         self._latest: Any = None
         self.form = weights_of(module)  # tells dtype and layout of its weights
         self.fusing = fusing_of(module)  # tells, of tensors that it is given, what torch fuses by
@@ -82,10 +84,6 @@ class ReplayRegion:
         self._filling.add((form, sizes))
         return not known and not self.kept
 
-    def truths(self, form: Any, state: int) -> InputTruths | None:
-        """What calls of a form read of their inputs; None if there was none yet."""
-        return self._truths.get((form, state))
-
     def read(
         self, reads: InputTruths | None, tensors: list[Tensor], sizes: Sizes
     ) -> tuple[Truths | None, Sizes]:
@@ -111,20 +109,16 @@ class ReplayRegion:
         Returns:
             No kind if calls of this form read other things, and nothing tells which.
         """
-        known = self._truths.setdefault((form, state), InputTruths()).learn(asked, sizes)
+        known = self.by_form.setdefault((form, state), InputTruths()).learn(asked, sizes)
         return (None, sizes) if known is None else ((form, known[0]), known[1])
 
-    def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
-        """The paths of a kind of call; None if there was none yet."""
-        return self._known.get((kind, state))
-
     def paths(self, kind: Any, state: int) -> KnownPaths[Plan]:
-        """The same, made if there are none."""
-        found = self._known.get((kind, state))
+        """The paths of a kind of call, made if there are none."""
+        found = self.by_kind.get((kind, state))
         if found is None:
-            if len(self._known) >= _MOST_KINDS:
+            if len(self.by_kind) >= _MOST_KINDS:
                 self._forget()
-            found = self._known[kind, state] = KnownPaths(alike)
+            found = self.by_kind[kind, state] = KnownPaths(alike)
         return found
 
     def state_of(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> int | None:
@@ -136,7 +130,7 @@ class ReplayRegion:
             The state; None if attributes change from call to call, and the path with them: who
             takes it is to be traced.
         """
-        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        others = {s: p for (k, s), p in self.by_kind.items() if k == kind and s != state}
         if self.kept:  # Python itself may pick by them among what is kept
             return state if len(others) < _MOST_STATES else None
         others = {s: p for s, p in others.items() if self.attributes.knows(s)}
@@ -155,7 +149,7 @@ class ReplayRegion:
         """Whether calls of a kind are the same in two states, and none of these tells a number."""
         if numbers is None or self.attributes.tell(numbers, one, other):
             return False
-        before, now = (self._truths.get((kind[0], state)) for state in (one, other))
+        before, now = (self.by_form.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
 
     def took(self, call: Any) -> None:
@@ -170,22 +164,18 @@ class ReplayRegion:
     def doubt(self, of_others: bool = True) -> None:
         """Have the next call of each kind traced: one `of_others`, or its own, left its path."""
         self._latest = None
-        for paths in self._known.values():
+        for paths in self.by_kind.values():
             paths.doubt(of_others)
-
-    def paths_known(self) -> list[Any]:
-        """What is known of the paths of all kinds: each is another object once it is learned."""
-        return [path for known in self._known.values() for path in known.paths]
 
     def _forget(self) -> None:
         self._latest = None
-        self._known.clear()
-        self._truths.clear()
+        self.by_kind.clear()
+        self.by_form.clear()
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""
         found: dict[Any, None] = {}
-        for (other, _), paths in self._known.items():
+        for (other, _), paths in self.by_kind.items():
             if other == kind:
                 found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
         return tuple(found)
@@ -310,8 +300,9 @@ class ReplayRegions:
             region.doubt()
 
     def paths(self) -> list[Any]:
-        """What is known of the paths of all regions."""
-        return [path for region in self._known.values() for path in region.paths_known()]
+        """What is known of the paths of all regions: each is another object once it is learned."""
+        kinds = [known for region in self._known.values() for known in region.by_kind.values()]
+        return [path for known in kinds for path in known.paths]
 
     def end_pass(self, whole: bool) -> bool:
         """A traced pass has ended, seen as a `whole` or not: whether others may be replayed now."""

@@ -12,10 +12,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Protocol
 
-from torch import nn
-
 from fmapkit.errors import CaptureStateError
 from fmapkit.session.config import CaptureConfig
+from fmapkit.torchlib.compiled_modules import holds
 
 
 class OpenCapture(Protocol):
@@ -71,12 +70,8 @@ def others(session: OpenCapture) -> Iterator[OpenCapture]:
         every = tuple(_open)
     for other in every:
         if other is not session and other.thread == session.thread:
-            if _within(mine, other.asked.model) or _within(other.asked.model, mine):
+            if holds(other.asked.model, mine) or holds(mine, other.asked.model):
                 yield other
-
-
-def _within(part: nn.Module, whole: nn.Module) -> bool:
-    return any(m is part for m in whole.modules())
 
 
 def _name(session: OpenCapture) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -93,13 +94,9 @@ def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
 @lru_cache(maxsize=1024)
 def runs(places: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(first, length) of what lies side by side."""
-    found: list[tuple[int, int]] = []
-    for place in places:
-        if found and place == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((place, 1))
-    return tuple(found)
+    side_by_side = groupby(enumerate(places), lambda pair: pair[1] - pair[0])
+    found = [[place for _, place in group] for _, group in side_by_side]
+    return tuple([(run[0], len(run)) for run in found])
 
 
 def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
