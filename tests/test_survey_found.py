@@ -491,6 +491,41 @@ def test_who_handles_an_exception(kind: type[Checked], traced: list[None]) -> No
     assert not maps.missed
 
 
+class RunsPartsWhileHandling(nn.Module):
+    """A part that returns nothing runs while an exception is handled, beside what data decides."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> None:
+            torch.sigmoid(self.lin(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.keeps = nn.Linear(4, 4), self.Keeps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.one(x))
+        if h.sum() > 1e9:
+            return h
+        try:
+            raise KeyError
+        except KeyError:
+            self.keeps(h)
+        return h
+
+
+def test_a_part_that_returns_nothing_while_an_exception_is_handled_has_not_failed() -> None:
+    model = RunsPartsWhileHandling()
+    with torch.no_grad(), capture(model, kinds="activation") as maps:
+        for _ in range(5):
+            model(torch.randn(2, 4))
+            assert maps.layers == ["one", "keeps.lin"]
+    assert not maps.missed
+
+
 def test_an_exception_that_becomes_another_one(traced: list[None]) -> None:
     model = RaisedOtherwise()
     with torch.no_grad(), capture(model) as maps:

@@ -120,13 +120,13 @@ class ReplayRun(RunLog):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What runs here is none of the call: no tap notes it."""
-        cell = self.line.pause()
+        cell = self.line.exchange(None)
         seen = self.mode is not None and self.mode.pause()
         try:
             yield
         finally:
             if not self.lost:
-                self.line.go_on(cell)
+                self.line.exchange(cell)
             if seen:
                 self.light().resume()
 

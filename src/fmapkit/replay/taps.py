@@ -45,14 +45,10 @@ class CurrentRun(threading.local):
     cell: Cell | None = None
     run: Any = None  # that the cell is of
 
-    def pause(self) -> Cell | None:
-        """Taps write nowhere, until what this gives is given to `go_on`."""
-        cell, self.cell = self.cell, None
-        return cell
-
-    def go_on(self, cell: Cell | None) -> None:
-        """Undo `pause`."""
-        self.cell = cell
+    def exchange(self, cell: Cell | None) -> Cell | None:
+        """Have taps write to another cell, or nowhere; the one before."""
+        before, self.cell = self.cell, cell
+        return before
 
 
 # -- what is read -----------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class AnswerReplaying(_OfParts):
         run, tracer = live.run, live.tracer
         assert run is not None
         if module is run.module and not (live.inner and live.leave_region()):
-            self._region_calls.leave(args, kwargs, output)
+            self._region_calls.leave(args, kwargs, output, failed)
             if tracer is not None and tracer.editor:
                 return tracer.editor.modules.leave_unit(module, output, failed)
             return None

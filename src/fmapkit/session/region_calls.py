@@ -6,7 +6,6 @@ may be traced.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,10 +133,10 @@ class RegionCalls:
         asked = sizes, args, kwargs, inputs
         if not quiet:
             return self._recorder.enter(module, None, 0, *asked) or given
-        reads = region.truths(form, state)
+        reads = region.by_form.get((form, state))
         given_sizes = sizes
         truths, sizes = region.read(reads, tensors, sizes)
-        known = region.known((form, truths), state)
+        known = region.by_kind.get(((form, truths), state))
         plan = known.plan(sizes) if known is not None else None
         if known is None or plan is None:
             return self._recorder.enter(module, form, state, *asked) or given
@@ -264,13 +263,12 @@ class RegionCalls:
             run.edited[noted] = {path: run.held(tensor) for path, tensor in changed.items()}
         return new if changed else None
 
-    def leave(self, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, args: Any, kwargs: Any, output: Any, failed: bool) -> None:
         """The call has ended: its maps become a part of the pass."""
         live = self._live
         run, current, tracer = live.run, live.current, live.tracer
         assert run is not None and current is not None and self._region is not None
         live.run = self._placed = None
-        failed = output is None and sys.exc_info()[0] is not None
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
