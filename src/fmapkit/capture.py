@@ -218,7 +218,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if check is not None:
             check.close()
             if check.gradients_unseen:
-                self._session.miss("", COMPILED)
+                self._session.parts.misses.add("", COMPILED)
         self._maps._end(self._session.end_block(self._request, failed=kind is not None))
         if check is not None and isinstance(error, Exception):
             check.raise_found(cause=error)

@@ -50,7 +50,8 @@ class Recurring:
         self._before = False
         self.inside = False
         self.maps: FeatureMaps
-        self._session.quiet()
+        # Whoever reads the maps says what is not there.
+        self._session.parts.misses.quiet()
 
     @property
     def missed(self) -> list[Missed]:

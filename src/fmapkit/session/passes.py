@@ -19,7 +19,7 @@ from fmapkit.session.parts import SessionParts
 from fmapkit.session.unseen import recorded
 from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
-from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
+from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 from fmapkit.torchlib.fused.paths import fuses
 from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.nested import tensors_in
@@ -123,7 +123,7 @@ class Passes:
         """Whether the pass cannot be captured as a whole; if so, it is named."""
         self._live.idle = False
         miss = self._parts.misses.add
-        if not compiled and ever_compiled() and in_compiled_code():
+        if not compiled and ever_compiled() and compiled_by() is not None:
             self._compiled.noticed()
             why = "it runs in code that torch.compile has compiled"
         elif nothing_between():

@@ -220,11 +220,3 @@ class Session:
     def tell(self, ids: Tensor | None, mask: Tensor | None) -> None:
         """Note the numbers of the next pass's inputs, and which positions are no padding."""
         self.passes.told = ids, mask
-
-    def miss(self, layer: str, why: str) -> None:
-        """Name what was not captured."""
-        self.parts.misses.add(layer, why)
-
-    def quiet(self) -> None:
-        """Warn of nothing: whoever reads the maps says what is not there."""
-        self.parts.misses.quiet()

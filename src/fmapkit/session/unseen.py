@@ -20,7 +20,7 @@ from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import dynamo_has_run
 from fmapkit.torchlib.modes import (
     fx_is_tracing,
-    jit_is_tracing,
+    jit_trace,
     make_fx_is_tracing,
     recorded_by_cuda,
 )
@@ -29,7 +29,7 @@ from fmapkit.tracing import running_modules
 
 def recorded() -> str:
     """Why a call is not captured: somebody records it, to run it without Python; empty if not."""
-    if jit_is_tracing():
+    if jit_trace() is not None:
         return Reason.RECORDED.text(function="torch.jit.trace")
     if torch.compiler.is_compiling():
         return Reason.RECORDED.text(function="torch.export")

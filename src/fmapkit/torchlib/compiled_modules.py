@@ -202,8 +202,3 @@ def compiled_by() -> Any:
             return at.f_locals.get("self")
         at = at.f_back
     return None
-
-
-def in_compiled_code() -> bool:
-    """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
-    return compiled_by() is not None

@@ -17,7 +17,7 @@ pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
 mode_count: Callable[[], int] = torch._C._len_torch_function_stack
 dispatch_mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_trace: Callable[[], Any] = torch._C._get_tracing_state
+jit_trace: Callable[[], Any] = torch._C._get_tracing_state  # None where torch.jit traces nothing
 _compiler: dict[str, Any] = vars(torch.compiler)
 _flag = "_is_compiling_flag"  # what `is_compiling` returns outside of scripted code
 _proxies: Callable[[int], Any] = torch._ops.mode_stack_state_for_pre_dispatch().get  # type: ignore[no-untyped-call]
@@ -40,7 +40,7 @@ def nothing_between() -> bool:
         mode_count()
         or dispatch_mode_count()
         or _transform() is not None
-        or _trace() is not None
+        or jit_trace() is not None
         or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
         or _proxies(0) is not None  # make_fx before dispatch
         or (_with_cuda and recorded_by_cuda())
@@ -91,10 +91,6 @@ def others_watch() -> bool:
         return False
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
     return not all(isinstance(mode, ObserverMode) or is_torchs(mode) for mode in modes)
-
-
-def jit_is_tracing() -> bool:
-    return bool(torch._C._get_tracing_state())
 
 
 def make_fx_is_tracing() -> bool:

@@ -107,7 +107,7 @@ class CallRewriting(Inserting, ast.NodeTransformer):
         kept = puts or writes_out(function, self._names, self._local)
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE and not kept:
             # What a module of the model is given first is its input.
-            first = node.args[: fixed and _is_name(node.args)]
+            first = [a for a in node.args[:1] if fixed and isinstance(a, ast.Name)]
             rest = node.args[len(first) :]
             node.args = [*first, *(self._argument(a, how, function, builtin, idle) for a in rest)]
             for key in node.keywords:
@@ -166,7 +166,3 @@ def _is_idle(node: ast.expr, builtin: str | None) -> bool:
     if not isinstance(node, ast.GeneratorExp):
         return False
     return builtin not in PICK or not isinstance(node.elt, ast.Tuple)
-
-
-def _is_name(arguments: list[ast.expr]) -> bool:
-    return bool(arguments) and isinstance(arguments[0], ast.Name)

@@ -63,8 +63,9 @@ _CALLED: dict[Any, _Given] = {
     itertools.starmap: (0, None, "keyed"),
     itertools.takewhile: (0, None, "keyed"),
 }
-# Of these a loop gets all elements, in order, or positions: its turns are marked.
-_GIVE_ALL = {
+# Of these a loop gets all elements, in order, or positions: its turns are marked, and the elements
+# are looked at where they are used.
+GIVE_ALL = {
     *(enumerate, range, reversed, zip, itertools.chain, itertools.combinations),
     *(itertools.permutations, itertools.product, itertools.zip_longest),
     itertools.pairwise,
@@ -99,14 +100,6 @@ def goes_through(node: ast.Call, found: Any) -> str | None:
     if name in _BY_KEYS and home in ("builtins", "collections"):
         return "keys"
     return "elements" if home in _HOMES or (home == "builtins" and name in _BUILTINS) else None
-
-
-def gives_all(found: Any) -> bool:
-    """Whether a loop over a call is given all elements that it goes through.
-
-    The elements are looked at where they are used.
-    """
-    return found is not None and found in _GIVE_ALL
 
 
 def takes_all(function: ast.expr, found: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fmapkit.paths.rewriting.calls import CallRewriting
 from fmapkit.paths.rewriting.inserting import APPEND, PYTHON_GOES_BY, returned_by
-from fmapkit.paths.rewriting.library_calls import gives_all
+from fmapkit.paths.rewriting.library_calls import GIVE_ALL
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
     OF_TORCHS,
@@ -57,7 +57,7 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
     visit_For = visit_While = _loop  # noqa: N815
 
     def _looped_over(self, node: ast.expr) -> None:
-        if isinstance(node, ast.Call) and gives_all(self._object_named(node.func)):
+        if isinstance(node, ast.Call) and self._object_named(node.func) in GIVE_ALL:
             self._idle.add(node)
             for argument in node.args:
                 self._looped_over(argument)
@@ -216,12 +216,10 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         """What a condition leaves out is marked, and so is each element: that makes each turn."""
         self._looped_over(node.iter)
         self.generic_visit(node)
-        node.ifs = [self._or_marked(test) for test in node.ifs]
+        # With a mark where a condition does not hold.
+        either = [ast.BoolOp(ast.Or(), [test, self._marking(test)]) for test in node.ifs]
+        node.ifs = list(map(ast.copy_location, either, node.ifs))
         return node
-
-    def _or_marked(self, test: ast.expr) -> ast.expr:
-        """The same condition, with a mark where it does not hold."""
-        return ast.copy_location(ast.BoolOp(ast.Or(), [test, self._marking(test)]), test)
 
     def _elements(self, node: Any) -> Any:
         before, self._quick = self._quick, False
