@@ -102,12 +102,7 @@ class ReplayRegion:
     ) -> tuple[Any, Sizes]:
         """The kind of a call that was traced, and the sizes with the numbers that it has read.
 
-        Args:
-            state: in which it began.
-            asked: what it has read of its inputs, and what that was.
-
-        Returns:
-            No kind if calls of this form read other things, and nothing tells which.
+        It is of no kind if calls of this form read other things, and nothing tells which.
         """
         known = self.by_form.setdefault((form, state), InputTruths()).learn(asked, sizes)
         return (None, sizes) if known is None else ((form, known[0]), known[1])
@@ -124,11 +119,8 @@ class ReplayRegion:
     def state_of(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> int | None:
         """The state to which what is known of a call belongs.
 
-        Attributes that change while the path does not are not compared from now on.
-
-        Returns:
-            The state; None if attributes change from call to call, and the path with them: who
-            takes it is to be traced.
+        Attributes that change while the path does not are not compared from now on. None if they
+        change from call to call, and the path with them: who takes it is to be traced.
         """
         others = {s: p for (k, s), p in self.by_kind.items() if k == kind and s != state}
         if self.kept:  # Python itself may pick by them among what is kept
@@ -185,12 +177,7 @@ _Calls = dict[nn.Module, set[nn.Module | None]]
 
 
 class ReplayRegions:
-    """The regions of one model.
-
-    Args:
-        has_others: whether a module has hooks of others than this capture (see `Hooks`).
-        has_unrecorded: whether it has such that a path does not tell of.
-    """
+    """The regions of one model."""
 
     def __init__(
         self,
@@ -200,12 +187,14 @@ class ReplayRegions:
         # Modules that a scope has called itself, with the scopes; None for one not known.
         self.direct: _Calls = {}
         self.probation = Probation()  # of modules that are traced since they have left their path
+        self.version = 0  # goes up as other modules become regions, or are called by others
+        # Whether a module has hooks of others than this capture (see `Hooks`).
         self.has_others = has_others
         # What decides by data may do so in training alone, and is told, as `direct`, by mode.
         self._training = False
         self._by_data: dict[bool, set[nn.Module]] = {False: set(), True: set()}
         self._other_direct = self.direct  # of the other mode: another one where these differ
-        self._has_unrecorded = has_unrecorded
+        self._has_unrecorded = has_unrecorded  # whether it has such that a path does not tell of
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
         self._usual: dict[type[nn.Module], bool] = {}
@@ -264,6 +253,12 @@ class ReplayRegions:
         """A scope calls a module itself."""
         self.direct.setdefault(module, set()).add(caller)
 
+    def all_called(self, modules: Iterable[nn.Module]) -> None:
+        """Nobody knows who calls these."""
+        self.version += 1
+        for module in modules:
+            self.called(module, None)
+
     def open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass; the parts of them are regions."""
         self.probation.drop(modules)
@@ -281,6 +276,7 @@ class ReplayRegions:
         self._forget(modules)
 
     def _forget(self, modules: Iterable[nn.Module]) -> None:
+        self.version += 1
         self._static.clear()
         self._usual.clear()
         for module in modules:
@@ -304,11 +300,12 @@ class ReplayRegions:
         kinds = [known for region in self._known.values() for known in region.by_kind.values()]
         return [path for known in kinds for path in known.paths]
 
-    def end_pass(self, whole: bool) -> bool:
-        """A traced pass has ended, seen as a `whole` or not: whether others may be replayed now."""
+    def end_pass(self, whole: bool) -> None:
+        """A traced pass has ended, seen as a `whole` or not: others may be replayed from now on."""
         settled = self.probation.end_pass(whole)
         if not settled:
-            return False
+            return
+        self.version += 1
         self._opened.difference_update(settled)
         self._static.clear()
         for module in filter(self.static, settled):
@@ -316,7 +313,6 @@ class ReplayRegions:
             for part in inside.intersection(self.direct).difference([module]):
                 if inside.issuperset(self.direct[part]):  # whom nobody else calls
                     del self.direct[part]
-        return True
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""

@@ -42,12 +42,7 @@ class HookCallbacks:
 
 
 class HookInstaller:
-    """Sets and removes the hooks of one capture.
-
-    Args:
-        live: is told what hooks of others are given that only move data.
-        callbacks: what the hooks call; asked for as they are set.
-    """
+    """Sets and removes the hooks of one capture."""
 
     def __init__(
         self,
@@ -64,12 +59,13 @@ class HookInstaller:
         self._model = asked.model
         self._hooks = hooks
         self._regions = regions
-        self._live = live
-        self._callbacks = callbacks
+        self._live = live  # is told what hooks of others are given that only move data
+        self._callbacks = callbacks  # what the hooks call; asked for as they are set
         self._stops = asked.stop is not None
         self._shown = bool(asked.analyses)
         self._gradients = asked.wants.gradients
-        self._scopes = False  # there are hooks on all scopes
+        # There are hooks on all scopes, as of a version of the regions; None if there are none.
+        self._scopes: int | None = None
         self._beyond = False  # there are some that neither scopes nor plans ask for
 
     def on_model(self) -> None:
@@ -88,23 +84,23 @@ class HookInstaller:
 
     def only_on_model(self) -> None:
         """Remove all but those that every pass goes through."""
-        if self.tapped or self._scopes or self._beyond:
+        if self.tapped or self._scopes is not None or self._beyond:
             self._beyond = False
             self._hooks.drop("after")
             self._hooks.drop("outside")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
-            self._scopes = False
+            self._scopes = None
 
     # -- scopes -------------------------------------------------------------------------------
 
     def on_scopes(self) -> None:
         """On every module, but for those inside regions that scopes have called as a whole."""
-        if self._scopes:
-            return
-        self._scopes = True
-        inside: set[nn.Module] = set()
         regions = self._regions
+        if self._scopes == regions.version:
+            return
+        self._scopes = regions.version
+        inside: set[nn.Module] = set()
         for region in filter(regions.static, regions.direct):  # a part of it may be opened
             inside.update(m for m in modules_in(region) if m is not region)
         every = modules_in(self._model)
@@ -117,10 +113,6 @@ class HookInstaller:
             if theirs and any(map(moves_data, theirs)):
                 moving.append(module)
         self._hooks.outside(moving, self._live.moves_given, self._live.moves_output)
-
-    def scopes_changed(self) -> None:
-        """Regions have become scopes, or are called by others: the next pass sets hooks again."""
-        self._scopes = False
 
     # -- regions ------------------------------------------------------------------------------
 

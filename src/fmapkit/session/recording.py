@@ -7,7 +7,7 @@ end of a pass that was traced, or a part of it, is here, too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,13 +59,7 @@ class Recorder:
         kwargs: Any,
         inputs: list[Label],
     ) -> Any:
-        """A call of a region begins that there is no plan for (see `RegionCalls.enter`).
-
-        Args:
-            form: of the call; None if it can be replayed never.
-            state: that the region is in.
-            inputs: what its tensors carry; empty where nothing around it is traced.
-        """
+        """A call of a region begins that there is no plan for (see `Recording`)."""
         self._installer.no_taps()
         tracer = self._live.tracer
         seen, alone = {}, tracer is None
@@ -105,12 +99,12 @@ class Recorder:
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
         if hopeless:
-            self._open(*hopeless)
+            self._regions.open(*hopeless)
         if failed:
             self._ended.append(module)
         if trace.edited or (trace.placed and not recording.alone):
             # From the next pass on, only the parts below that need it are traced.
-            self._open(module, *self._edits.modules())
+            self._regions.open(module, *self._edits.modules())
         elif not failed and tracer.failed is None:
             events = record.events[frame.start :]
             _check_held(events)
@@ -132,7 +126,7 @@ class Recorder:
         if deciding:
             deciding = deciding.intersection(module.modules())
         if deciding:
-            self._open_by_data(*deciding)
+            self._regions.open_by_data(deciding)
         return bool(deciding)
 
     def _reaches_out(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
@@ -141,7 +135,7 @@ class Recorder:
         known = {id(t) for t in tensors_in(*frame.args, frame.kwargs, output)}
         found = tracer.trace.labels.others_changed(recording.seen, known)
         if found:
-            self._open(recording.module)
+            self._regions.open(recording.module)
         return found
 
     def _remembers(self, recording: Recording, tracer: Tracer) -> bool:
@@ -166,7 +160,7 @@ class Recorder:
         elif found and recording.form is not None and (recording.alone or not given):
             return not self._regions.of(region).keeps(kept, given)
         if found:
-            self._open(*found)
+            self._regions.open(*found)
         return bool(found)
 
     def _has_filled(self, recording: Recording) -> bool:
@@ -174,21 +168,6 @@ class Recorder:
         if not has_more(recording.fill):
             return False
         return self._regions.of(recording.module).waits(recording.form, recording.sizes)
-
-    def _open(self, *modules: nn.Module) -> None:
-        """From the next pass on, these are traced in every pass."""
-        self._regions.open(*modules)
-        self._installer.scopes_changed()
-
-    def _open_by_data(self, *modules: nn.Module) -> None:
-        """The same of what decides by data, in the mode that the model is in."""
-        self._regions.open_by_data(modules)
-        self._installer.scopes_changed()
-
-    def _strayed(self, module: nn.Module, deciding: Iterable[nn.Module]) -> None:
-        """A region takes several ways: these are traced until they have taken one for long."""
-        self._regions.strayed(module, deciding)
-        self._installer.scopes_changed()
 
     def _keep(self, recording: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
@@ -201,30 +180,30 @@ class Recorder:
         asked = tracer.trace.asked
         kind, sizes = region.kind(recording.form, recording.state, asked, recording.sizes)
         if kind is None:
-            self._open_by_data(module)
+            self._regions.open_by_data([module])
             return
         hooked = [m for m in plan.taps if m._forward_hooks and self._regions.has_others(m)]
         if hooked:  # whose maps are those before, or after, what the hooks make of them
-            self._open(*hooked)
+            self._regions.open(*hooked)
             return
         if plan.edited and not _told(plan, tracer.trace.record.events[frame.start :]):
-            self._open(module, *self._edits.modules())
+            self._regions.open(module, *self._edits.modules())
             return
         state = region.state_of(items, kind, recording.state, sizes)
         if state is None:
-            self._strayed(module, region.differing(items, kind, sizes))
+            self._regions.strayed(module, region.differing(items, kind, sizes))
             return
         known = region.paths(kind, state)
         # Where the number of the state has changed.
         region.kind(recording.form, state, asked, recording.sizes)
         if known.wavers(items, sizes) or known.turned(items, sizes):
-            self._strayed(module, known.leaves_at(items, sizes)[1])
+            self._regions.strayed(module, known.leaves_at(items, sizes)[1])
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
         plan = known.learn(items, sizes, plan, moments)
         if known.never_repeats:  # to learn costs more than to watch; its parts may be learned
-            self._open(module)
+            self._regions.open(module)
             return
         self._installer.taps(module, plan)
 
@@ -232,12 +211,12 @@ class Recorder:
         """The traced pass has ended."""
         self._live.trace_out()
         if self._ended and not failed:  # the model handles that: no plan tells what comes then
-            self._open(*self._ended)
+            self._regions.open(*self._ended)
         self._ended.clear()
         if tracer.lost and not failed:
             broken = tracer.broken
             if broken is not None:  # somebody handles its exceptions
-                self._open(broken)
+                self._regions.open(broken)
             reason = Reason.NEW_PATH_INSIDE if broken is None else Reason.BROKEN_OFF
             self._misses.add(self._names.of(self._model), reason.text())
         if not self._checked:
@@ -246,11 +225,8 @@ class Recorder:
         note_exchanged(tracer.trace.sources)
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
-            for called in self._model.modules():
-                self._regions.called(called, None)
-            self._installer.scopes_changed()
-        if self._regions.end_pass(not failed and not tracer.lost and tracer.failed is None):
-            self._installer.scopes_changed()
+            self._regions.all_called(self._model.modules())
+        self._regions.end_pass(not failed and not tracer.lost and tracer.failed is None)
         tracer.end()
 
     def drop(self) -> None:

@@ -342,5 +342,4 @@ class RegionCalls:
         again = self._regions.probation.trusts(modules_in(run.module))
         if known.strayed(items, sizes) or again:  # what decides here is traced from now on
             self._regions.strayed(run.module, deciding)
-            self._installer.scopes_changed()
         self._misses.add(self._names.of(run.module), Reason.NEW_PATH.text())
