@@ -30,12 +30,7 @@ _surveyed: set[Any] = set()  # modules, told by their form, of which there is on
 
 
 class ControlPaths:
-    """The control paths of one capture's passes.
-
-    Args:
-        place_of: names the place of a parameter in the model; None for any other tensor.
-        running: the modules whose calls are under way, outermost first.
-    """
+    """The control paths of one capture's passes."""
 
     def __init__(
         self,
@@ -44,8 +39,9 @@ class ControlPaths:
         running: Callable[[], Iterable[nn.Module]],
     ) -> None:
         self._model = model
+        # Names the place of a parameter in the model; None for any other tensor.
         self._place_of = place_of
-        self._running = running
+        self._running = running  # the modules whose calls are under way, outermost first
         self._items: list[Any] = []  # the decisions of the pass
         self._records = False
         self._survey: Survey | None = None

@@ -108,19 +108,14 @@ def _is_aside(frame: types.FrameType | None) -> bool:
 
 
 class Survey:
-    """Notes, for a while, which code runs in this thread that does not record and is not trusted.
-
-    Args:
-        where: tells who runs it.
-        aside: code that need not record.
-    """
+    """Notes, for a while, which code runs in this thread that neither records nor is trusted."""
 
     def __init__(self, where: Callable[[], Any], aside: Container[types.CodeType]) -> None:
         # That code, told by its identity; the globals it ran with, and who ran it.
         self.found: dict[int, tuple[types.CodeType, dict[str, Any], list[Any]]] = {}
         self.complete = False  # nothing can have gone unseen
-        self._where = where
-        self._aside = aside
+        self._where = where  # tells who runs it
+        self._aside = aside  # code that need not record
         self._on = False
 
     def start(self) -> None:

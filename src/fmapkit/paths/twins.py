@@ -158,14 +158,11 @@ Fixed = Callable[[types.CodeType], frozenset[str]]
 
 
 class Twins:
-    """The twins that one capture has set.
-
-    Args:
-        fixed: of a method's code: the attributes of its first argument that are compared before
-            each pass by other means, for every module that the method may belong to.
-    """
+    """The twins that one capture has set."""
 
     def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
+        # Of a method's code: the attributes of its first argument that are compared before each
+        # pass by other means, for every module that the method may belong to.
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         # Functions of torch's that these, and torch's own modules, call by a name, by

@@ -53,9 +53,7 @@ def _numbers_in(found: list[int], value: Any) -> None:
 def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
     """What the inputs carry, origins numbered in order of their first mention.
 
-    Args:
-        inputs: the tags of all tensors that come in.
-        asked: what was asked for of a layer: which of its maps are held may differ from another's.
+    With what was `asked` for of each layer: which of its maps are held may differ from another's.
     """
     origins: dict[int, int] = {}
     found: list[Any] = []

@@ -142,14 +142,7 @@ class PassPiece:
 
 
 class Relations:
-    """How a piece that was traced relates to the rest of the pass.
-
-    Args:
-        inputs: what came in carried.
-        returned: what it returns carries, by path.
-        base: how many calls of each layer there were before.
-        rewritten: what inputs carry that it wrote other filters into, by place.
-    """
+    """How a piece that was traced relates to the rest of the pass."""
 
     def __init__(
         self,
@@ -160,10 +153,10 @@ class Relations:
         rewritten: Sequence[tuple[int, Label]] = (),
     ) -> None:
         self._names = names
-        self._inputs = inputs
-        self._returned = returned
-        self._base = base
-        self._rewritten = rewritten
+        self._inputs = inputs  # what came in carried
+        self._returned = returned  # what it returns carries, by path
+        self._base = base  # how many calls of each layer there were before
+        self._rewritten = rewritten  # what inputs carry that it wrote other filters into, by place
         labels = (label for _, label in (*returned, *rewritten))
         self._escaping = {id(t.origin) for t in labels if isinstance(t, ChannelLabel)}
         self._outside: dict[int, Ref] = {}

@@ -37,16 +37,11 @@ _MOST = 2_000  # objects that are looked at in one place
 
 
 class EscapedTensors:
-    """Looks for tensors of a pass in what outlives it, while nothing else runs.
-
-    Args:
-        is_of_pass: whether a tensor was made in the pass, from its input.
-        read: the names that code which ran reads.
-    """
+    """Looks for tensors of a pass in what outlives it, while nothing else runs."""
 
     def __init__(self, is_of_pass: Callable[[Tensor], bool], read: frozenset[str]) -> None:
-        self._is_of_pass = is_of_pass
-        self._read = read
+        self._is_of_pass = is_of_pass  # whether a tensor was made in the pass, from its input
+        self._read = read  # the names that code which ran reads
         self._without: set[int] = set()  # values that hold none, by their ids: a configuration
 
     def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -44,14 +44,9 @@ class InputTruths:
         return self._next.get((), self) is None
 
     def of(self, tensors: Sequence[Tensor], sizes: Sizes) -> tuple[Truths, Sizes] | None:
-        """What a call is about to read.
+        """The truths that a call is about to read, and its sizes with the numbers after them.
 
-        Args:
-            tensors: all that it is given, and all that its modules have.
-            sizes: of what it is given.
-
-        Returns:
-            The truths, and the sizes with the numbers after them; None if that is not known.
+        None if that is not known. The tensors are all that it is given, and that its modules have.
         """
         truths: Truths = ()
         self._read = truths
@@ -75,13 +70,9 @@ class InputTruths:
     def learn(
         self, asked: Sequence[tuple[InputRead, Any]], sizes: Sizes
     ) -> tuple[Truths, Sizes] | None:
-        """A call was traced.
+        """The same of a call that was traced, by what it has read in order, and what that was.
 
-        Args:
-            asked: what it has read of its inputs, in order, and what that was.
-
-        Returns:
-            The same; None if something else decides what is read, or calls differ too much.
+        None if something else decides what is read, or calls differ too much.
         """
         truths: Truths = ()
         before, self._read = self._read, ()

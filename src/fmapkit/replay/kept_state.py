@@ -29,12 +29,7 @@ _NUMBERS = frozenset({int, float})
 
 
 class KeptState:
-    """Where calls of one module keep tensors: in attributes of modules, and in what they are given.
-
-    Args:
-        attributes: modules, each with the name of one.
-        arguments: places and names of arguments.
-    """
+    """Where calls of one module keep tensors: in attributes, and in what they are given."""
 
     def __init__(
         self,
@@ -48,8 +43,8 @@ class KeptState:
             for m in (modules_in(region) if attributes or arguments else ())
             if m._buffers and not isinstance(m, torch.jit.ScriptModule)
         ]
-        self._attributes = attributes
-        self._arguments = arguments
+        self._attributes = attributes  # modules, each with the name of one
+        self._arguments = arguments  # places and names of arguments
 
     def __bool__(self) -> bool:
         return bool(self._attributes or self._arguments)
@@ -69,14 +64,10 @@ class KeptState:
         return [found for n, value in enumerate(held) for found in leaves(value, f"{_MARK}{n}")]
 
     def form(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Sizes]:
-        """What is kept as a call begins.
+        """The form of what is kept as a call begins, and the sizes of its tensors, each shape once.
 
-        Args:
-            given: all tensors among these.
-
-        Returns:
-            Its form, and the sizes of the tensors in it, each shape once. The form is None where
-            there is too much to look at before each pass, or something without an order.
+        The form is None where there is too much to look at before each pass, or something without
+        an order.
         """
         buffers = [t for held in self._buffers for t in held.values() if t is not None]
         form = _KeptForm([*given, *buffers])

@@ -26,7 +26,6 @@ def make_plan(
     """Boil down what the tracer saw of one call.
 
     Args:
-        tracer: which has just seen the call end.
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
         kept: what it has left in attributes of modules, where the rest of the pass may read it.

@@ -34,13 +34,7 @@ Slots = dict[tuple[str, bool], Item]
 
 
 class RunLog(PassPiece):
-    """The log of one call of a region.
-
-    Args:
-        wants: which maps are held, and how.
-        inputs: what came in carries; empty where nothing around it is known.
-        base: how many calls of each layer there were before; None for none.
-    """
+    """The log of one call of a region."""
 
     __slots__ = (
         *("_let_go", "_origins", "_seen", "base", "edited", "how", "inputs", "log", "lost", "plan"),
@@ -51,9 +45,9 @@ class RunLog(PassPiece):
         self, plan: Plan, wants: Selection, inputs: list[Label], base: dict[str, int] | None
     ) -> None:
         self.plan = plan
-        self.wants = wants
-        self.inputs = inputs
-        self.base = base
+        self.wants = wants  # which maps are held, and how
+        self.inputs = inputs  # what came in carries; empty where nothing around it is known
+        self.base = base  # how many calls of each layer there were before; None for none
         self.log: list[Any] = []  # per step: its module, or its site, then what was read there
         # What went on in the place of outputs, by path, for each entry of the log.
         self.edited: dict[int, dict[str, StoredTensor]] = {}

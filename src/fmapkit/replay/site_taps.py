@@ -159,17 +159,12 @@ def unbound_and_named(function: Any) -> tuple[Any, str]:
 
 
 class LightMode(ObserverMode):
-    """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass.
-
-    Args:
-        names: of the functions that are read.
-        call: calls one of them: (name, function, args, kwargs).
-    """
+    """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass."""
 
     def __init__(self, names: Collection[str], call: Callable[..., Any]) -> None:
         super().__init__()
-        self.names = names
-        self.call = call
+        self.names = names  # of the functions that are read
+        self.call = call  # calls one of them: (name, function, args, kwargs)
         self.on = False
         self._pushed = False
 

@@ -105,11 +105,7 @@ class HookTap(Hook):
     """The hook of a site.
 
     Args:
-        read: what it notes of a call.
         other: called with the hook's arguments when no run is under way.
-        fault: called with the module and the error, should we fail.
-        stand: puts in its place, before a module, what does the same at less cost; returns None
-            where that cannot be.
     """
 
     __slots__ = ("_stand", "fault", "line", "read")
@@ -124,9 +120,10 @@ class HookTap(Hook):
         stand: Callable[[nn.Module, HookTap], CallOverride | None] = nothing,
     ) -> None:
         super().__init__(other, owner)
-        self.read = read
+        self.read = read  # what it notes of a call
         self.line = line
-        self.fault = fault
+        self.fault = fault  # called with the module and the error, should we fail
+        # Puts before a module what does the same at less cost; returns None where that cannot be.
         self._stand = stand
 
     def is_like(self, other: Hook) -> bool:

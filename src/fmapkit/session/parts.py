@@ -25,13 +25,7 @@ from fmapkit.storage import Budget, PassStore
 
 
 class SessionParts:
-    """The parts of one capture.
-
-    Args:
-        keep: how many passes stay readable; None for all of them.
-        budget: how many bytes the maps may take; None for any.
-        callbacks: what hooks call; asked for as they are set.
-    """
+    """The parts of one capture; what hooks call is asked for as they are set."""
 
     def __init__(
         self,

@@ -36,13 +36,7 @@ _Session = TypeVar("_Session")
 
 
 class RestingSession(Generic[_Session]):
-    """A session between two blocks.
-
-    Args:
-        request: what its blocks ask for.
-        paths: what was known of the model's paths as the latest block ended.
-        before: the session as it rested before that block; None if it was new.
-    """
+    """A session between two blocks; `before` is it as it rested before the latest block."""
 
     def __init__(
         self,
@@ -53,7 +47,7 @@ class RestingSession(Generic[_Session]):
         before: RestingSession[Any] | None,
     ) -> None:
         self.session = session
-        self.paths = paths
+        self.paths = paths  # what was known of the model's paths as the latest block ended
         # So many blocks in a row, up to that one, have found no path that was new.
         self.alike: int = 0
         if before is not None and list(map(id, paths)) == list(map(id, before.paths)):

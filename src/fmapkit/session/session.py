@@ -48,7 +48,6 @@ class Session:
     """The life of one `with capture(model)` block.
 
     Args:
-        asked: by the capture.
         given: the model as it was given; what `torch.compile` returned, or a plain one.
         keep: how many passes stay readable; None for all of them.
         every: capture each n-th pass.

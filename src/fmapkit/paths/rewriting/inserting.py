@@ -29,15 +29,13 @@ class Inserting:
     """Makes the nodes that are put in.
 
     Args:
-        place: names the function, for its marks.
         own: the variable that is the module which a method runs of; None if there is none.
-        rows: names that may stand for lists and tuples.
     """
 
     def __init__(self, place: str, own: str | None, rows: frozenset[str]) -> None:
-        self._place = place
+        self._place = place  # names the function, for its marks
         self._self = own
-        self._rows = rows
+        self._rows = rows  # names that may stand for lists and tuples
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to
         self._ranks: set[ast.AST] = set()  # lambdas by which something is sorted

@@ -80,9 +80,7 @@ def torch_name(
 ) -> tuple[dict[str, Any], str] | None:
     """The namespace and the name of a function of torch's that an expression stands for.
 
-    Args:
-        names: globals of the code it is in.
-        local: names that are bound in that code.
+    It is in code that has these globals, and binds these local names.
     """
     path = dotted(function, local)
     if path is None:
