@@ -95,7 +95,7 @@ class RunLog(PassPiece):
                     found[at] = make(t)
                     found[at + 1] = version_of(found[at])
             same = all(a is b for a, b in zip(found, piece, strict=True))
-            return piece if same else _Exchanged(found)
+            return piece if same else tuple(found)
 
         for index, record in enumerate(self.log):
             if len(record) > 1 and type(record[1]) is list:
@@ -303,12 +303,6 @@ class RunLog(PassPiece):
         """Let go of every tensor; what holds them still."""
         log, self.log, self.edited = self.log, [], {}
         return log
-
-
-class _Exchanged(tuple[Any, ...]):
-    """A record whose tensors nobody else writes to."""
-
-    __slots__ = ()
 
 
 def _slot(emission: MapSpec) -> tuple[str, bool]:

@@ -112,7 +112,9 @@ class Recorder:
             useful = complete and recording.form is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer)
             decides = decides or self._reaches_out(recording, tracer, output)
-            useful = useful and not any(map(_sharded, events))
+            # Of what is written to a wrapper, a tap would see one half.
+            held = (entry.held for event in events for _, entry in event.entries)
+            useful = useful and not any(one is not None and is_wrapped(one.tensor) for one in held)
             if not decides and useful and not self._has_filled(recording):
                 self._keep(recording, output if replaced is None else replaced, tracer, items)
             record.let_go(events)
@@ -281,8 +283,3 @@ def _saved(held: list[StoredTensor]) -> bool:
     return torch.is_grad_enabled() and not any(
         h.tensor is not None and h.tensor.is_inference() for h in held
     )
-
-
-def _sharded(event: Event) -> bool:
-    """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
-    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
