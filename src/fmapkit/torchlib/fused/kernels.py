@@ -104,8 +104,8 @@ class FusedKernel:
     def _layer_by_layer(self) -> tuple[Any, Shown] | None:
         """Run an encoder, and the kernels of its layers in steps; None if that cannot be."""
         shown: Shown = {}
-        layers: Any = self.module.layers
-        places = {id(layer.linear1.weight): n for n, layer in enumerate(layers)}
+        weights = weights_of(self.module)
+        places = {id(w): name.rpartition(".")[0] for name, (w, _) in weights.items()}
         ran = []
 
         def in_its_steps(kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ class FusedKernel:
             output = self()
         finally:
             del kernel_runners[get_ident()]
-        every = len(ran) == len(places) and len(shown) == len(ran) * len(OF_LAYER)
+        every = ran and len(shown) == len(ran) * len(OF_LAYER)
         return (output, shown) if every else None
 
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
