@@ -388,7 +388,7 @@ def test_the_real_models_that_are_installed_can_be_run() -> None:
     names = [model.name for model in real_models.MODELS]
     assert len(set(names)) == len(names) >= 34
     assert {model.package for model in real_models.MODELS} == {*real_models.PACKAGES}
-    assert len(real.cases(real.MODES["compute"])) == 4
+    assert len(real.cases(real.MODES["compute"])) == 5
     for case in real.cases(real.MODES["inference"]):
         if not peers.missing(case.package):
             bench = Bench(case)
