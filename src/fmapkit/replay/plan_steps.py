@@ -127,11 +127,7 @@ class Reading:
         """Have what fires in a module be handed over by its kernel; which of its maps that are."""
         names = []
         for at, firing in zip(places, firings, strict=True):
-            held = [
-                event.x_held if slot == "x" else event.y_held
-                for event in firing.events
-                for slot, _ in event.entries
-            ]
+            held = [event.held(slot) for event in firing.events for slot, _ in event.entries]
             names.append(tuple(call.names[id(one)] for one in held))
             self.order[at] = IN_KERNEL
             step = self.at[at]
@@ -192,7 +188,7 @@ def _spec(
     retention: StorageConversion,
 ) -> MapSpec:
     """A map of an event, as any such call has it."""
-    held = event.x_held if slot == "x" else event.y_held
+    held = event.held(slot)
     copied = entry.held is not None and entry.held.needs_copy
     if held is not None and slot in ("x", "y"):
         copied = held.needs_copy

@@ -11,29 +11,25 @@ fused one, and its maps are what there is. `missed` says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.instrumentation import Hooks, Returned
-from fmapkit.missed import RAISED, MissedLog, Reason
-from fmapkit.paths import ControlPaths
+from fmapkit.missed import RAISED, Reason
 from fmapkit.provenance import describe
 from fmapkit.replay import KernelSteps
-from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
 from fmapkit.torchlib.fused.kernels import FusedKernel
 from fmapkit.torchlib.fused.ordinary import OrdinaryPath
 from fmapkit.torchlib.fused.paths import beside, fused_kernel, may_fuse, runners
-from fmapkit.torchlib.fused.random_numbers import random_state
 from fmapkit.torchlib.modes import leave_mode, push_mode
-from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.tracing import FusedCall, PassTrace
-
-__all__ = ["FusedPaths"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +45,8 @@ class _Call:
         ordinary: gives the layers of that path what the kernel has computed.
         before: how many hook points there had been, and decisions.
         alone: nobody else has to see the ordinary path.
-        drawn: the state of the random numbers as the fused path had ended, which the ordinary one
-            may draw from; None where others do that, too.
+        drawn: puts the random numbers back to where the fused path had ended, since the ordinary
+            one may draw some; None where others do that, too.
     """
 
     module: nn.Module
@@ -61,7 +57,15 @@ class _Call:
     ordinary: OrdinaryPath | None = None
     before: tuple[int, int] = (0, 0)
     alone: bool = False
-    drawn: Any = None
+    drawn: ExitStack | None = None
+
+
+def _as_drawn(output: Any) -> ExitStack:
+    """What puts random numbers back to where they are, on the CPU and on an output's devices."""
+    drawn = ExitStack()
+    cuda = {t.device.index for t in tensors_in(output) if t.is_cuda}
+    drawn.enter_context(torch.random.fork_rng(devices=cuda))
+    return drawn
 
 
 def _opened(function: Any) -> Any:
@@ -72,11 +76,8 @@ class FusedPaths:
     """The modules of a capture that run by their fused paths.
 
     Args:
-        asked: by the capture.
         live: what is under way.
         hooks: what is set on modules.
-        misses: what ran and was not captured.
-        paths: which decisions passes take.
         fault: is told of an error in a look of ours, and raises what is not.
 
     Attributes:
@@ -85,13 +86,11 @@ class FusedPaths:
 
     def __init__(
         self,
-        asked: CaptureConfig,
         live: PassState,
         hooks: Hooks,
-        misses: MissedLog,
-        paths: ControlPaths,
         fault: Callable[[nn.Module, Exception], None],
     ) -> None:
+        asked = live.asked
         self.module: nn.Module | None = None
         self._call: _Call | None = None
         self._broken: Exception | None = None  # what the ordinary path has raised, and it alone
@@ -103,8 +102,8 @@ class FusedPaths:
         self._attention = asked.wants.kind("attention")
         self._live = live
         self._hooks = hooks
-        self._misses = misses
-        self._paths = paths
+        self._misses = live.misses
+        self._paths = live.paths
         self._fault = fault
 
     def begin(self) -> None:
@@ -210,7 +209,7 @@ class FusedPaths:
         live, module, edits = self._live, kernel.module, self._edits
         if edits or self._attention:
             output = kernel()
-            drawn = random_state(output) if may_skip and not edits else None
+            drawn = _as_drawn(output) if may_skip and not edits else None
             return _Call(module, output, edits.runs, alone=may_skip, drawn=drawn)
         steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
         try:
@@ -220,7 +219,7 @@ class FusedPaths:
             self._fault(module, error)
         if maps and steps is not None and steps.wanted.issubset(maps):
             return _Call(module, output, edits.runs, steps, maps)
-        drawn, ordinary = random_state(output) if may_skip else None, None
+        drawn, ordinary = _as_drawn(output) if may_skip else None, None
         if maps and live.thread not in beside:  # else another capture's lies on the stack
             ordinary = OrdinaryPath(module, maps, _opened)
         firings = live.tracer.trace.record.firings if live.tracer is not None else ()
@@ -281,7 +280,7 @@ class FusedPaths:
         names = {id(reference(tensor)): name for name, tensor in call.ordinary.given.items()}
         firings, (first, position) = trace.record.firings, call.before
         held = [
-            event.x_held if slot == "x" else event.y_held
+            event.held(slot)
             for firing in firings[first:]
             for event in firing.events
             for slot, _ in event.entries
@@ -300,4 +299,4 @@ class FusedPaths:
         if call is not None and call.ordinary is not None:
             leave_mode(call.ordinary)
         if call is not None and call.drawn is not None:
-            call.drawn()
+            call.drawn.close()

@@ -55,7 +55,5 @@ class SessionParts:
         told = self.installer, self.recorder, self.kept_maps
         self.region_calls = RegionCalls(live, regions, *told)
         # Runs modules by their fused paths.
-        self.fused = FusedPaths(
-            asked, live, hooks, misses, paths, lambda *told: callbacks().fault(*told)
-        )
+        self.fused = FusedPaths(live, hooks, lambda *told: callbacks().fault(*told))
         self.unseen = UnseenCalls(asked, misses)  # names what runs outside of passes

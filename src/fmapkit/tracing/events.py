@@ -64,6 +64,10 @@ class Event:
     def __post_init__(self) -> None:
         self.entries = []
 
+    def held(self, slot: str) -> StoredTensor | None:
+        """What is held of x, or of what the call gave."""
+        return self.x_held if slot == "x" else self.y_held
+
     def forget(self) -> None:
         """The call that it ran in has ended: it is none, or known to be one."""
         self.x = self.y = None

@@ -15,6 +15,7 @@ in its shapes, since that path runs where torch does not fuse: while a model is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.fused.inside import Inside
 from fmapkit.torchlib.fused.layers import ATTENTION, OF_LAYER, weights_of
-from fmapkit.torchlib.fused.steps import Shown, in_steps, same, telling
+from fmapkit.torchlib.fused.steps import Shown, in_steps, proven, telling
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.modes import dispatch_mode_count
 from fmapkit.torchlib.tensor_spec import casts
@@ -39,9 +40,6 @@ _ENTRIES = {
 }
 # By thread: what runs the kernel of an encoder's layer while the encoder runs by its fused path.
 kernel_runners: dict[int, Callable[..., Any]] = {}
-# By the form of a kernel's call: whether it was seen to return the same to the bit with a mode.
-_proven: dict[Any, bool] = {}
-_MOST = 4096
 
 
 class FusedKernel:
@@ -90,9 +88,8 @@ class FusedKernel:
         watched = dispatch_mode_count() or transforming() is not None
         if not known or watched or not all(plain):
             return self(), KernelMaps({}, ())
-        keep, found = None, None
-        if self._whole is not None:
-            keep = self._args[1]
+        keep = None if self._whole is None else self._args[1]
+        found = None
         if casts() is None and given.is_cpu:
             found = self._layer_by_layer() if self._whole is not None else self._in_steps()
         output, shown = self._watched(wanted) if found is None else found
@@ -128,30 +125,27 @@ class FusedKernel:
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
         """Run it with a mode on the stack."""
         entries, weights = _ENTRIES[self._args[0].device.type], weights_of(self.module)
-        form = self._form()
-        if form not in _proven:
-            if len(_proven) >= _MOST:
-                _proven.clear()
-            bare = self if self._whole is not None else self._telling()
+
+        def both() -> tuple[Any, Any]:
+            bare: Callable[[], Any] = self
+            if self._whole is None:
+                bare = partial(self._function, *telling(self._args), **self._kwargs)
             with Inside(entries, weights, ()):
                 output = bare()
-            _proven[form] = same(output, bare())
-        if not _proven[form]:
+            return output, bare()
+
+        if not proven(self._form(), both):
             return self(), {}
         with Inside(entries, weights, wanted) as inside:
             output = self()
         return output, inside.found
-
-    def _telling(self) -> FusedKernel:
-        """The same call of another input."""
-        return FusedKernel(self.module, self._function, telling(self._args), self._kwargs)
 
     def _form(self) -> Any:
         """What may make the mode's kernel another one than torch's own."""
         given = self._args[0]
         usual = given.stride() == torch.empty(given.shape, device="meta").stride()
         graph = tuple(t.requires_grad for t in self._tensors())
-        told = self._function, given.device.type, given.dtype, casts(), graph
+        told = Inside, self._function, given.device.type, given.dtype, casts(), graph
         strides = None if usual else (given.shape, given.stride())
         return *told, torch.is_inference_mode_enabled(), strides
 

@@ -3,8 +3,8 @@
 In eval mode without gradients, `nn.TransformerEncoderLayer`, `nn.TransformerEncoder` (with nested
 tensors) and `nn.MultiheadAttention` run one kernel for the layer, unless somebody watches: a hook
 or a function mode sends them down the ordinary path, whose results differ in the last bits (and,
-for nested tensors, at padded positions). A captured model must not tell the difference. So the maps
-come from the ordinary path, which has a nonlinearity to see, and the output is the fused path's.
+for nested tensors, at padded positions). A captured model must not tell the difference. So the
+output is the fused path's, and so are the maps, where its kernel shows them.
 
 Whether it would be taken is torch's own decision: its forward is run up to that point, with the
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Shown", "in_steps", "same", "telling"]
+__all__ = ["Shown", "in_steps", "proven", "telling"]
 
 # Maps by name, each with the bias that is still to be added, if there is any.
 Shown = dict[str, tuple[Tensor, Tensor | None]]
 
-# By the form of what a kernel is given: whether its steps give the same.
+# By the form of what a kernel is given: whether it gave the same another way.
 _tried: dict[Any, bool] = {}
 _MOST = 4096
 
@@ -41,28 +41,35 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
         None where its steps are not known, or give something else.
     """
     steps = _STEPS.get(kernel)
-    if steps is None or not args[0].is_cpu:
+    if steps is None:
         return None
     modes = torch.get_num_threads(), torch.is_inference_mode_enabled()
     form = kernel, *modes, *map(_form, args)
-    if _tried.get(form) is False:
-        return None
+
+    def both() -> tuple[Any, Any]:
+        given = telling(args)
+        return steps(*given)[0], kernel(*given)
+
     with torch._C.DisableTorchFunction():  # a mode of another capture's is to see the kernel alone
         try:
-            if form not in _tried:
-                if len(_tried) >= _MOST:
-                    _tried.clear()
-                given = telling(args)
-                _tried[form] = same(steps(*given)[0], kernel(*given))
-            return steps(*args) if _tried[form] else None
+            return steps(*args) if proven(form, both) else None
         except RuntimeError:  # torch has them otherwise here: the kernel itself tells
             _tried[form] = False
             return None
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether what two calls return is the same, to the bit."""
-    return all(map(_same, tensors_in(one), tensors_in(other)))
+def proven(form: Any, both: Callable[[], tuple[Any, Any]]) -> bool:
+    """Whether a kernel returns the same another way, to the bit: tried once for each form.
+
+    Args:
+        form: of what it is given, and of the way.
+        both: runs it in both ways.
+    """
+    if form not in _tried:
+        if len(_tried) >= _MOST:
+            _tried.clear()
+        _tried[form] = all(map(_same, *map(tensors_in, both())))
+    return _tried[form]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
