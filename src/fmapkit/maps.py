@@ -22,7 +22,7 @@ from fmapkit.lookup import (
     pass_number,
     read,
 )
-from fmapkit.map import FeatureMap, nbytes_of, unpadded
+from fmapkit.map import FeatureMap, checked_mask, nbytes_of, unpadded
 from fmapkit.saving import KeptSession, Snapshot, load, save, snapshot_of
 from fmapkit.storage import MapRecord, Pass
 
@@ -270,12 +270,7 @@ class FeatureMaps:
         if isinstance(self._session, KeptSession):
             raise CaptureStateError("batch() numbers the next pass; no pass of these will come")
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-                said = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                raise ArgumentError(
-                    f"batch takes a mask (samples, positions) of booleans or of 0 and 1, not {said}"
-                )
-            mask = mask.detach() != 0
+            mask = checked_mask(mask, "batch takes a mask")
         self._session.tell(None if ids is None else _numbers(ids), mask)
 
     def first_nonfinite(self) -> NonFinite | None:

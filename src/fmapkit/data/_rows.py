@@ -16,7 +16,7 @@ from fmapkit._warnings import warn
 from fmapkit.data._batches import first_size
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
-from fmapkit.map import positions_first
+from fmapkit.map import checked_mask, kept, positions_first
 
 Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
 Mask = str | Callable[[Any], Tensor]
@@ -79,13 +79,7 @@ class Rows:
         if self._mask is None:
             return None
         mask = self._mask(data) if callable(self._mask) else _field(data, self._mask, "mask=")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-            said = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ArgumentError(
-                f"mask={self._mask!r} must give a tensor (samples, positions) of booleans or of 0 "
-                f"and 1, not {said}"
-            )
-        return mask != 0
+        return checked_mask(mask, f"mask={self._mask!r} must give a tensor")
 
     def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
         """The rows of one batch; an error where a map has none that go with its samples."""
@@ -126,7 +120,7 @@ class Rows:
             tensor, axis = _pooled(tensor, axis, self._pool, mask if sequence else None, said)
         elif sequence:
             assert mask is not None
-            tensor, per = _unpadded(tensor, mask), "token"
+            tensor, per = kept(tensor, mask), "token"
             axis = None if axis is None else axis - 1
         if per == "sample" and (not tensor.dim() or tensor.shape[0] != samples):
             raise ArgumentError(
@@ -198,7 +192,7 @@ class Rows:
             if isinstance(value, Tensor):
                 value = value.detach()
                 if mask is not None and self.tokens and value.shape[:2] == mask.shape:
-                    value, per = _unpadded(value, mask), "token"
+                    value, per = kept(value, mask), "token"
                 value = value.cpu()
                 value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             array = np.asarray(value)
@@ -238,12 +232,6 @@ def _named(keep: Keep) -> dict[str, Any]:
 
 def _largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
-
-
-def _unpadded(values: Tensor, mask: Tensor) -> Tensor:
-    """The rows that the mask keeps; where it is on the host, no device has to be waited for."""
-    at = mask.reshape(-1).nonzero().squeeze(1)
-    return values.flatten(0, 1).index_select(0, at.to(values.device, non_blocking=True))
 
 
 def _called(pool: Callable[[FeatureMap], Tensor], fm: FeatureMap, said: str) -> Tensor:

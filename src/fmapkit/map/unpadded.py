@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from fmapkit.errors import ArgumentError
 from fmapkit.map.feature_map import FeatureMap
 
 
@@ -26,12 +28,30 @@ def unpadded(fm: FeatureMap, mask: Tensor) -> FeatureMap:
     axis %= tensor.dim()
     if axis < 2:  # it is of samples or positions alone
         return fm
+    ids = None if fm.ids is None else kept(fm.ids[:, None].expand(mask.shape), mask)
+    return replace(fm, tensor=kept(tensor, mask), filter_dim=axis - 1, ids=ids)
+
+
+def kept(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows that a mask keeps; where it is on the host, no device has to be waited for."""
     at = mask.reshape(-1).nonzero().squeeze(1)
-    ids = fm.ids
-    if ids is not None:
-        ids = ids.to(at.device)[at // mask.shape[1]]
-    kept = tensor.flatten(0, 1).index_select(0, at.to(tensor.device))
-    return replace(fm, tensor=kept, filter_dim=axis - 1, ids=ids)
+    return values.flatten(0, 1).index_select(0, at.to(values.device, non_blocking=True))
+
+
+def checked_mask(given: Any, takes: str) -> Tensor:
+    """A mask (samples, positions) as booleans.
+
+    Args:
+        given: what was given as one.
+        takes: who takes it, as the error begins.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not isinstance(given, Tensor) or given.dim() != 2 or given.is_floating_point():
+        said = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ArgumentError(f"{takes} (samples, positions) of booleans or of 0 and 1, not {said}")
+    return given != 0
 
 
 def positions_first(
