@@ -70,7 +70,8 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.lends = False
-        self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+        # By its id, each parameter, its owners, and its first place in the model.
+        self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]], str]] = {}
         self._empty: list[Any] = []  # where modules without parameters would have them
         self._full: list[Any] = []  # where the others do
         self._counts: list[int] = []  # how many there are each time
@@ -137,8 +138,8 @@ class Names:
         for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    owners = self._owners.setdefault(id(parameter), (parameter, []))[1]
-                    owners.append((module, key))
+                    first = parameter, [], f"{self.by_module[module]}.{key}"
+                    self._owners.setdefault(id(parameter), first)[1].append((module, key))
 
     def of(self, module: nn.Module) -> str:
         """The module's qualified name; its class where it is not part of the model."""
@@ -199,11 +200,11 @@ class Names:
 
     def place_of(self, parameter: Tensor) -> str | None:
         """The first place of a parameter in the model; None if it has none."""
-        owners = self.owners(parameter)
-        if not owners and isinstance(parameter, nn.Parameter):  # back from a `functional_call`
-            self.update()
-            owners = self.owners(parameter)
-        return f"{self.by_module[owners[0][0]]}.{owners[0][1]}" if owners else None
+        found = self._owners.get(id(parameter))
+        if (found is None or found[0] is not parameter) and isinstance(parameter, nn.Parameter):
+            self.update()  # back from a `functional_call`
+            found = self._owners.get(id(parameter))
+        return found[2] if found is not None and found[0] is parameter else None
 
     def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have a parameter, each with its key there."""

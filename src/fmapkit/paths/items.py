@@ -43,7 +43,7 @@ _CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
-_NO_KEYS = (dict,)
+NO_KEYS = (dict,)
 
 _WRAPPED = (staticmethod, classmethod)
 
@@ -144,7 +144,7 @@ def _row(given: Any) -> Any:
 def _dict(given: Any) -> Any:
     """A dict; mostly keyword arguments that are passed on."""
     if not given:
-        return _NO_KEYS
+        return NO_KEYS
     found: list[Any] = [dict]
     for key, value in given.items():
         kind = type(value)
@@ -216,7 +216,15 @@ def _method(function: Any) -> Any:
     """A function with what it is bound to."""
     inner = function.__func__
     name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)
-    return _callable(function.__self__), name
+    owner = function.__self__
+    return _class_told_by(type(owner)) or _callable(owner), name
+
+
+@remembered
+def _class_told_by(kind: type) -> Any:
+    """What all objects of a class go by where they are called; None where each tells."""
+    each = kind in CALLABLES or issubclass(kind, (nn.Module, type))
+    return None if each else class_of(kind)
 
 
 def _partial(function: Any) -> Any:

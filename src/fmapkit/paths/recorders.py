@@ -22,6 +22,7 @@ from fmapkit.paths.items import (
     FALSE,
     IN_TORCH,
     ITEM_OF,
+    NO_KEYS,
     NUMBERS,
     PLAIN,
     TRUE,
@@ -93,16 +94,15 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
 def exact(append: Callable[[Any], None], given: _T) -> _T:
     """A value becomes what Python itself picks by: no number of it may follow the sizes."""
     kind = type(given)
-    if kind is not Tensor and append is not _NOTHING:
-        item_of = None if kind in PLAIN else ITEM_OF.get(kind) or item_of_class(kind)
-        _append_fixed(append, given, item_of)
+    if kind in PLAIN:
+        append(given if kind is str else Fixed((given,)))
+    elif kind is not Tensor and append is not _NOTHING:
+        _append_fixed(append, given, ITEM_OF.get(kind) or item_of_class(kind))
     return given
 
 
 def _append_fixed(append: Callable[[Any], None], given: Any, item_of: Any) -> None:
-    if item_of is None:
-        append(given if type(given) is str else Fixed((given,)))
-    elif item_of is not ignore:
+    if item_of is not ignore:
         append(Fixed((item_of(given),)))
 
 
@@ -119,20 +119,16 @@ def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
 class _Indexed:
     """A container, of which one element is asked for, or put in: by which index is looked at."""
 
-    __slots__ = ("_append", "_of")
-
-    def __init__(self, append: Callable[[Any], None], of: Any) -> None:
-        self._append = append
-        self._of = of
+    __slots__ = ("append", "of")
 
     def __getitem__(self, at: Any) -> Any:
-        return self._of[_place(self._append, at)]
+        return self.of[_place(self.append, at)]
 
     def __setitem__(self, at: Any, given: Any) -> None:
-        self._of[_place(self._append, at)] = given
+        self.of[_place(self.append, at)] = given
 
     def __delitem__(self, at: Any) -> None:
-        del self._of[_place(self._append, at)]
+        del self.of[_place(self.append, at)]
 
 
 def _place(append: Callable[[Any], None], at: _T) -> _T:
@@ -145,7 +141,9 @@ def indexed(append: Callable[[Any], None], of: Any) -> Any:
     kind = type(of)
     if kind is Tensor or append is _NOTHING or not picks_by_index(kind) or kind is np.ndarray:
         return of
-    return _Indexed(append, of)
+    looking = _Indexed()
+    looking.append, looking.of = append, of
+    return looking
 
 
 def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) -> _T:
@@ -202,8 +200,10 @@ def compared(append: Callable[[Any], None], name: str, left: Any, right: Any) ->
 def elements(append: Callable[[Any], None], given: _T) -> _T:
     """A value becomes what Python itself goes through, and may pick by."""
     kind = type(given)
+    if kind in PLAIN:
+        return exact(append, given)
     if kind is not Tensor and append is not _NOTHING:
-        _append_fixed(append, given, None if kind in PLAIN else item_of_elements(kind))
+        _append_fixed(append, given, item_of_elements(kind))
     return given
 
 
@@ -215,6 +215,9 @@ def unpacked(append: Callable[[Any], None], given: _T) -> _T:
         if kinds.count(Tensor) == len(kinds):  # the item that follows below, in C
             append((tuple, *kinds))
             return given
+    elif kind is dict and not given:
+        append(NO_KEYS)
+        return given
     if kind is not Tensor and append is not _NOTHING:
         item_of = item_of_elements(kind)
         if item_of is not ignore:
@@ -316,9 +319,9 @@ def method(append: Callable[[Any], None], function: Any) -> Any:
 
 def chosen_method(append: Callable[[Any], None], function: Any) -> Any:
     """The same, with arguments by which a container of Python's may pick."""
-    if type(function) is _BUILTIN and type(function.__self__) is Tensor:
-        return function
-    return chosen(append, function)
+    if type(function) is not _BUILTIN:
+        return called(append, function)
+    return function if type(function.__self__) is Tensor else chosen(append, function)
 
 
 def chosen(append: Callable[[Any], None], function: Any) -> Any:
