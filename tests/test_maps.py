@@ -142,6 +142,20 @@ def test_maps_are_the_models_own_memory() -> None:
             assert maps.bytes_copied == 0
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_a_dropout_in_place_writes_in_training_alone(kind: Any, training: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), kind(0.5, inplace=True))
+    model.train(training)
+    x = torch.randn(3, 4)
+    with torch.no_grad(), capture(model) as maps:
+        for _ in range(4):
+            out = model(x)
+            a = maps["0", "activation"].tensor
+            assert (a.data_ptr() == out.data_ptr()) is not training  # no copy where none is needed
+            torch.testing.assert_close(a, F.relu(F.linear(x, model[0].weight, model[0].bias)))
+
+
 def test_copies_only_where_the_model_overwrites() -> None:
     # conv-norm-relu_ runs out of place while captured: no copy. The residual sum overwrites conv2's
     # response, which was not asked for.

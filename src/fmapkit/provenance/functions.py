@@ -81,13 +81,20 @@ class Function:
             yield from tensors_in(args[:1])
         if self.name in _RENORMING and argument(args, kwargs, 3, "max_norm") is not None:
             yield from tensors_in(argument(args, kwargs, 1, "weight"))
-        if self.in_place or self.asked_in_place(args, kwargs):
+        if (self.in_place or self.asked_in_place(args, kwargs)) and not self._drops_none(
+            args, kwargs
+        ):
             first = next(iter(kwargs.values()), None)
             yield from tensors_in(args[0] if args else kwargs.get("self", first))
         if "out" in kwargs:
             yield from tensors_in(kwargs["out"])
         for at, name in self.mutates:
             yield from tensors_in(argument(args, kwargs, at, name))
+
+    def _drops_none(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is a dropout that is not in training: it gives its input back as it is."""
+        named = any(kwargs.get(name) is False for name in ("training", "train"))
+        return self.name in _DROPS and (named or (len(args) > 2 and args[2] is False))
 
     def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the call passes `inplace=True`."""
@@ -102,6 +109,8 @@ class Function:
 ON_LISTS = "_foreach_"
 # Hand the memory to code that torch does not see: it may be written to from there.
 _ESCAPES = {"numpy", "__array__", "__dlpack__", "untyped_storage"}
+# With (input, p, training). Those with a number of axes may have changed the shape meanwhile.
+_DROPS = words("dropout alpha_dropout feature_dropout feature_alpha_dropout")
 # Gives a tensor other memory: what was held of it as the same tensor is no longer that.
 _MOVES = {"__set__.data"}
 # Give the rows of a weight, their second argument, another norm if they are asked to.
