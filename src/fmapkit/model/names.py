@@ -138,7 +138,8 @@ class Names:
         for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    first = parameter, [], f"{self.by_module[module]}.{key}"
+                    owners: list[tuple[nn.Module, str]] = []
+                    first = parameter, owners, f"{self.by_module[module]}.{key}"
                     self._owners.setdefault(id(parameter), first)[1].append((module, key))
 
     def of(self, module: nn.Module) -> str:

@@ -106,7 +106,8 @@ class ControlPaths:
 
     def end(self) -> None:
         """The pass has ended."""
-        self._end_survey()
+        if self._survey is not None:
+            self._end_survey()
         if self._records:
             self._items, self._records = [], False
             sinks.stop()

@@ -121,6 +121,9 @@ class _Indexed:
 
     __slots__ = ("append", "of")
 
+    append: Callable[[Any], None]
+    of: Any
+
     def __getitem__(self, at: Any) -> Any:
         return self.of[_place(self.append, at)]
 

@@ -61,7 +61,10 @@ class ModelGuard:
         self._there: list[weakref.ref[Any] | None] = []
         self._calls: list[object] = []  # and what of that is torch.compile's
         self._compiled = self._compiled_calls()
-        self._theirs = self._foreign()
+        self._foreigners = self._foreign()
+        self.theirs = self._foreigners[0] or any(
+            self._foreigners[1]
+        )  # there is anything of others'
         self._last = self.counted()
 
     def counted(self) -> tuple[int, int]:
@@ -124,12 +127,8 @@ class ModelGuard:
             or any(map(is_not, map(_forward, self._classes), self._forwards))
             or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
-            or (
-                ever_compiled()
-                and (written or not self._there)
-                and self._compiled != self._compiled_calls()
-            )
-            or (self.counted() != self._last and self._hooked())
+            or (written and ever_compiled() and self._compiled != self._compiled_calls())
+            or ((RemovableHandle.next_id, call_override.changes) != self._last and self._hooked())
         )
 
     def _rearranged(self) -> bool:
@@ -145,13 +144,12 @@ class ModelGuard:
 
     def rid(self) -> bool:
         """Whether hooks of others are gone: nothing counts that."""
-        sessions, hooks = self._theirs
-        return (bool(sessions) or any(hooks)) and self._foreign() != self._theirs
+        return self._foreign() != self._foreigners
 
     def _hooked(self) -> bool:
         """Whether it is others who have set any, another session included."""
         self._last = self.counted()
-        return self._foreign() != self._theirs
+        return self._foreign() != self._foreigners
 
 
 @remembered

@@ -72,7 +72,7 @@ class HookDispatcher:
             return None
         try:
             if module is self._model:
-                if self._passes.running():
+                if live.frame is not None and self._passes.running():
                     live.enter_model()
                 elif not self._passes.begin(args, kwargs):
                     return None

@@ -89,8 +89,8 @@ class Passes:
         parts.hooks.begin_pass()
         if self.watch.changed():
             self._restart()
-        elif self._stop is None and self.watch.rid():  # a pass that is traced does not end early
-            self._learn_anew()
+        elif self.watch.theirs and self._stop is None and self.watch.rid():
+            self._learn_anew()  # which a pass that is to end early does not
         self._open(step, ids, mask, compiled)
         if parts.regions.turn(self.asked.model.training):
             parts.installer.only_on_model()

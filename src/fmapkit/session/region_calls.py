@@ -6,6 +6,7 @@ may be traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,12 @@ from fmapkit.session.placed_edits import ReplayedEdits
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
-from fmapkit.torchlib.modes import others_watch
+from fmapkit.torchlib.modes import dispatch_mode_count, others_watch
 from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec, sharing
+
+_grads: Callable[[], bool] = torch.is_grad_enabled
 
 UNEDITED = (
     "a part of the model took a way through its code that no earlier pass had taken, in which an "
@@ -62,8 +65,6 @@ class _Taken:
 
     def reads_the_same(self, region: ReplayRegion, tensors: list[Tensor]) -> bool:
         """Whether another call of the region, given the like, will read the same of it."""
-        if not self.truths:
-            return True
         read = region.read(self.reads, tensors, self.given_sizes)
         return read == (self.truths, self.sizes)
 
@@ -82,15 +83,14 @@ class RegionCalls:
         asked = live.asked
         self._names = asked.names
         self._wants = asked.wants
-        self._edits = asked.edits
+        self._edits = asked.edits or None
         self._stop = asked.stop
-        self._analyses = asked.analyses
+        self._stream = kept_maps.stream if asked.analyses else None
         self._live = live
         self._misses = live.misses
         self._regions = regions
         self._installer = installer
         self._recorder = recorder
-        self._kept_maps = kept_maps
         self._paths = live.paths
         self._taking: _Taken | None = None  # the run that is under way
         self._region: ReplayRegion | None = None  # whose run it is
@@ -104,7 +104,8 @@ class RegionCalls:
         region = self._region = self._regions.of(module)
         modes = self._modes(region, args, kwargs)
         state = region.attributes.state()
-        latest: _Taken | None = region.take_latest()
+        latest: _Taken | None = region.latest
+        region.latest = None  # it counts as that no more, until another call has done as it did
         if latest is not None and latest.modes == modes and latest.state == state:
             inputs = self._same(region, latest, args, kwargs)
             if inputs is not None:
@@ -163,17 +164,21 @@ class RegionCalls:
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        if latest.origins != origins or not latest.reads_the_same(region, tensors):
+        if latest.origins != origins:
+            return None
+        if latest.truths and not latest.reads_the_same(region, tensors):
             return None
         return inputs
 
     def _modes(self, region: ReplayRegion, args: Any, kwargs: Any) -> Any:
         """What calls differ by that no argument's form tells."""
         fusing = region.fusing and region.fusing(tensors_in(*args, kwargs))
-        modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()
-        current = self._live.current
-        edits = self._edits.active(current.step) if self._edits and current is not None else ()
-        return modes, fusing, self._paths.twins.renamed(), edits
+        edits: Any = None
+        if self._edits and self._live.current is not None:
+            edits = self._edits.active(self._live.current.step)
+        counted = bool(dispatch_mode_count()) and operators_are_counted()
+        renamed = self._paths.twins.renamed()
+        return _grads(), counted, casts(), fusing, renamed, edits, *region.form()
 
     def _start(
         self,
@@ -191,7 +196,7 @@ class RegionCalls:
         stop = analyses = base = None
         if tracer is None:
             stop = self._stop
-            analyses = self._kept_maps.stream if self._analyses else None
+            analyses = self._stream
         else:
             if plan.effects.writes:
                 plan.effects.before(tracer.trace.record, tensors_in(*args, kwargs))
@@ -203,7 +208,7 @@ class RegionCalls:
             module, plan, wants, line, expected, stop, inputs, base, drop, sites, analyses
         )
         live.run = run
-        if plan.placed:
+        if plan.placed and self._edits:
             told = self._names, self._edits, live.current, run, self._on_path
             self._placed = ReplayedEdits(*told)
         if wants.graph and live.current.grads and in_function():
@@ -224,8 +229,9 @@ class RegionCalls:
 
     def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
+        edits = self._edits
         tags = (inputs[index] for index in plan.effects.claims if index < len(inputs))
-        return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
+        return any(edits and isinstance(t, ChannelLabel) and edits.of(t.origin.name) for t in tags)
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the region is about to run; its arguments, if it is to get others."""
@@ -272,7 +278,7 @@ class RegionCalls:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and not run.complete:
+        if not failed and not run.lost and len(run.log) != len(run.plan.order):
             run.lost = "fewer taps fired than were learned"
         if failed:
             self._check_beginning(run)
@@ -317,7 +323,7 @@ class RegionCalls:
         taken = known.taken(items, sizes)
         if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
-                self._region.took(self._taking)
+                self._region.latest = self._taking
             return
         if taken and run.failure is not None:
             module, error = run.failure

@@ -127,11 +127,11 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
     looked_at = list(chosen.values())
 
     def form() -> Any:
-        found = []
+        found: list[Any] = []
         for held, name in looked_at:
             weight = held.get(name)
             if type(weight) is nn.Parameter or (weight is not None and not is_lazy(weight)):
-                found.append((weight.dtype, weight.stride(), type(weight)))
+                found += weight.dtype, weight.stride(), type(weight)
         return found
 
     return form
