@@ -23,6 +23,7 @@ from fmapkit import FeatureMaps, capture
 from fmapkit.missed import Reason
 from fmapkit.session import fused_paths
 from fmapkit.torchlib.fused import kernels
+from fmapkit.torchlib.fused.looks import FusedLooks
 from tests.truth import assert_nothing_left, fingerprint
 
 WIDTH = 16
@@ -286,9 +287,9 @@ def test_the_ordinary_path_runs_in_a_traced_pass_alone(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ordinary, fused = Attentions().eval(), [], []
-    path, kernel = fused_paths.OrdinaryPath, fused_paths.fused_kernel
+    path, kernel = fused_paths.OrdinaryPath, FusedLooks.kernel
     monkeypatch.setattr(fused_paths, "OrdinaryPath", lambda *a: ordinary.append(0) or path(*a))
-    monkeypatch.setattr(fused_paths, "fused_kernel", lambda *a: fused.append(0) or kernel(*a))
+    monkeypatch.setattr(FusedLooks, "kernel", lambda *a: fused.append(0) or kernel(*a))
     with capture(model, **options) as maps:
         model(torch.randn(2, 4, WIDTH))
         assert len(ordinary) == 2

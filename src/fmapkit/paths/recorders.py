@@ -119,19 +119,20 @@ def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
 class _Indexed:
     """A container, of which one element is asked for, or put in: by which index is looked at."""
 
-    __slots__ = ("append", "of")
+    __slots__ = ("_append", "_of")
 
-    append: Callable[[Any], None]
-    of: Any
+    def __init__(self, append: Callable[[Any], None], of: Any) -> None:
+        self._append = append
+        self._of = of
 
     def __getitem__(self, at: Any) -> Any:
-        return self.of[_place(self.append, at)]
+        return self._of[_place(self._append, at)]
 
     def __setitem__(self, at: Any, given: Any) -> None:
-        self.of[_place(self.append, at)] = given
+        self._of[_place(self._append, at)] = given
 
     def __delitem__(self, at: Any) -> None:
-        del self.of[_place(self.append, at)]
+        del self._of[_place(self._append, at)]
 
 
 def _place(append: Callable[[Any], None], at: _T) -> _T:
@@ -144,9 +145,7 @@ def indexed(append: Callable[[Any], None], of: Any) -> Any:
     kind = type(of)
     if kind is Tensor or append is _NOTHING or not picks_by_index(kind) or kind is np.ndarray:
         return of
-    looking = _Indexed()
-    looking.append, looking.of = append, of
-    return looking
+    return _Indexed(append, of)
 
 
 def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) -> _T:

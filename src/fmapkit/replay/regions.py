@@ -43,9 +43,7 @@ class ReplayRegion:
         self.by_kind: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         # By its form, and that state: what it reads of its inputs.
         self.by_form: dict[tuple[Any, int], InputTruths] = {}
-        # The latest call that took the path that it was taken to take, if no other one has begun
-        # since: the next one may be its twin.
-        self.latest: Any = None
+        self._latest: Any = None
         self.form = weights_of(module)  # tells dtype and layout of its weights
         self.fusing = fusing_of(module)  # tells, of tensors that it is given, what torch fuses by
         self.kept = KeptState(module)  # where its calls keep tensors that later ones may read
@@ -146,14 +144,23 @@ class ReplayRegion:
         before, now = (self.by_form.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
 
+    def took(self, call: Any) -> None:
+        """A call has taken the path that it was taken to take; the next one may be its twin."""
+        self._latest = call
+
+    def take_latest(self) -> Any:
+        """The latest call that did, if no other one has begun since; it counts as that no more."""
+        latest, self._latest = self._latest, None
+        return latest
+
     def doubt(self, of_others: bool = True) -> None:
         """Have the next call of each kind traced: one `of_others`, or its own, left its path."""
-        self.latest = None
+        self._latest = None
         for paths in self.by_kind.values():
             paths.doubt(of_others)
 
     def _forget(self) -> None:
-        self.latest = None
+        self._latest = None
         self.by_kind.clear()
         self.by_form.clear()
 

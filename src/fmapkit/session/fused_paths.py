@@ -25,8 +25,9 @@ from fmapkit.provenance import describe
 from fmapkit.replay import KernelSteps
 from fmapkit.session.state import PassState
 from fmapkit.torchlib.fused.kernels import FusedKernel
+from fmapkit.torchlib.fused.looks import FusedLooks
 from fmapkit.torchlib.fused.ordinary import OrdinaryPath
-from fmapkit.torchlib.fused.paths import beside, fused_kernel, may_fuse, runners
+from fmapkit.torchlib.fused.paths import beside, may_fuse, runners
 from fmapkit.torchlib.modes import leave_mode, push_mode
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.tracing import FusedCall, PassTrace
@@ -93,6 +94,7 @@ class FusedPaths:
         asked = live.asked
         self.module: nn.Module | None = None
         self._call: _Call | None = None
+        self._looks = FusedLooks()
         self._broken: Exception | None = None  # what the ordinary path has raised, and it alone
         self._running = False  # a fused path is: what it calls does not run twice
         self._outer: Any = None
@@ -178,7 +180,7 @@ class FusedPaths:
         call = None
         try:
             with suppress(Exception):  # the user's: as the model runs now, it comes up again
-                kernel = fused_kernel(forward, module, args, kwargs)
+                kernel = self._looks.kernel(forward, module, args, kwargs)
                 if kernel is not None:
                     whole = isinstance(module, nn.TransformerEncoder)
                     with self._hooks.suspended(module.modules() if whole else ()):

@@ -104,8 +104,7 @@ class RegionCalls:
         region = self._region = self._regions.of(module)
         modes = self._modes(region, args, kwargs)
         state = region.attributes.state()
-        latest: _Taken | None = region.latest
-        region.latest = None  # it counts as that no more, until another call has done as it did
+        latest: _Taken | None = region.take_latest()
         if latest is not None and latest.modes == modes and latest.state == state:
             inputs = self._same(region, latest, args, kwargs)
             if inputs is not None:
@@ -323,7 +322,7 @@ class RegionCalls:
         taken = known.taken(items, sizes)
         if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
-                self._region.latest = self._taking
+                self._region.took(self._taking)
             return
         if taken and run.failure is not None:
             module, error = run.failure

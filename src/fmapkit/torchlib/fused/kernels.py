@@ -62,16 +62,16 @@ class FusedKernel:
         whole: Callable[[], Any] | None = None,
     ) -> None:
         self.module = module
-        self._function = function
-        self._args = args
-        self._kwargs = kwargs
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
         self._whole = whole
 
     def __call__(self) -> Any:
         """Run it; what it returns."""
         if self._whole is not None:
             return self._whole()
-        return self._function(*self._args, **self._kwargs)
+        return self.function(*self.args, **self.kwargs)
 
     def run(self, wanted: Collection[str] | None = None) -> tuple[Any, KernelMaps]:
         """Run it, and see what it computes inside.
@@ -82,13 +82,13 @@ class FusedKernel:
         Returns:
             What it returns; and the maps, none where they cannot be seen.
         """
-        given = self._args[0]
+        given = self.args[0]
         plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
         known = given.device.type in _ENTRIES and given.dim() == 3 and given.numel()
         watched = dispatch_mode_count() or transforming() is not None
         if not known or watched or not all(plain):
             return self(), KernelMaps({}, ())
-        keep = None if self._whole is None else self._args[1]
+        keep = None if self._whole is None else self.args[1]
         found = None
         if casts() is None and given.is_cpu:
             found = self._layer_by_layer() if self._whole is not None else self._in_steps()
@@ -96,7 +96,7 @@ class FusedKernel:
         return output, KernelMaps(shown, given.shape[:2], keep)
 
     def _in_steps(self) -> tuple[Any, Shown] | None:
-        return None if self._kwargs else in_steps(self._function, self._args)
+        return None if self.kwargs else in_steps(self.function, self.args)
 
     def _layer_by_layer(self) -> tuple[Any, Shown] | None:
         """Run an encoder, and the kernels of its layers in steps; None if that cannot be."""
@@ -124,12 +124,12 @@ class FusedKernel:
 
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
         """Run it with a mode on the stack."""
-        entries, weights = _ENTRIES[self._args[0].device.type], weights_of(self.module)
+        entries, weights = _ENTRIES[self.args[0].device.type], weights_of(self.module)
 
         def both() -> tuple[Any, Any]:
             bare: Callable[[], Any] = self
             if self._whole is None:
-                bare = partial(self._function, *telling(self._args), **self._kwargs)
+                bare = partial(self.function, *telling(self.args), **self.kwargs)
             with Inside(entries, weights, ()):
                 output = bare()
             return output, bare()
@@ -142,15 +142,15 @@ class FusedKernel:
 
     def _form(self) -> Any:
         """What may make the mode's kernel another one than torch's own."""
-        given = self._args[0]
+        given = self.args[0]
         usual = given.stride() == torch.empty(given.shape, device="meta").stride()
         graph = tuple(t.requires_grad for t in self._tensors())
-        told = Inside, self._function, given.device.type, given.dtype, casts(), graph
+        told = Inside, self.function, given.device.type, given.dtype, casts(), graph
         strides = None if usual else (given.shape, given.stride())
         return *told, torch.is_inference_mode_enabled(), strides
 
     def _tensors(self) -> list[Tensor]:
-        return [a for a in (*self._args, *self._kwargs.values()) if isinstance(a, Tensor)]
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
 
 
 class KernelMaps(Mapping[str, Tensor]):
