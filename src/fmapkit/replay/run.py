@@ -26,6 +26,7 @@ from fmapkit.replay.site_taps import LightMode, PlainSite, unbound_and_named
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.torchlib.autograd import graph_task
+from fmapkit.torchlib.fused.kernels import KernelMaps
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
 from fmapkit.torchlib.nested import tensors_in
 
@@ -203,7 +204,7 @@ class ReplayRun(RunLog):
         steps = self.plan.kernels.get(len(self.log)) if self.follows() else None
         return steps if steps is not None and steps.module is module else None
 
-    def shown(self, steps: KernelSteps, maps: Mapping[str, Tensor]) -> None:
+    def shown(self, steps: KernelSteps, maps: KernelMaps) -> None:
         """A fused kernel has run: these are its maps, by name."""
         for names in steps.names:
             step = self.plan.at[len(self.log)]

@@ -10,21 +10,21 @@ fused one, and its maps are what there is. `missed` says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit.instrumentation import Hooks, Returned
 from fmapkit.missed import RAISED, Reason
 from fmapkit.provenance import describe
 from fmapkit.replay import KernelSteps
 from fmapkit.session.state import PassState
-from fmapkit.torchlib.fused.kernels import FusedKernel
+from fmapkit.torchlib.fused.kernels import FusedKernel, KernelMaps
 from fmapkit.torchlib.fused.looks import FusedLooks
 from fmapkit.torchlib.fused.ordinary import OrdinaryPath
 from fmapkit.torchlib.fused.paths import beside, may_fuse, runners
@@ -54,7 +54,7 @@ class _Call:
     output: Any
     edits: int
     steps: KernelSteps | None = None
-    maps: Mapping[str, Tensor] | None = None
+    maps: KernelMaps | None = None
     ordinary: OrdinaryPath | None = None
     before: tuple[int, int] = (0, 0)
     alone: bool = False
@@ -181,17 +181,18 @@ class FusedPaths:
         try:
             with suppress(Exception):  # the user's: as the model runs now, it comes up again
                 kernel = self._looks.kernel(forward, module, args, kwargs)
-                if kernel is not None:
-                    whole = isinstance(module, nn.TransformerEncoder)
-                    with self._hooks.suspended(module.modules() if whole else ()):
+                if kernel is not None and isinstance(module, nn.TransformerEncoder):
+                    with self._hooks.suspended(module.modules()):
                         call = self._fused(kernel, may_skip)
+                elif kernel is not None:
+                    call = self._fused(kernel, may_skip)
             self._call = call
             if call is not None:
                 self.module = module
                 beside.add(live.thread)
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
-            elif call is not None and call.steps and call.maps and run is not None:
+            elif call is not None and call.steps and call.maps is not None and run is not None:
                 run.shown(call.steps, call.maps)
         finally:
             self._running = False
@@ -219,10 +220,12 @@ class FusedPaths:
         except Exception as error:
             output, maps = kernel(), None  # raises it again, if it is the user's
             self._fault(module, error)
-        if maps and steps is not None and steps.wanted.issubset(maps):
+        if maps is not None and steps is not None and steps.wanted <= maps.names:
             return _Call(module, output, edits.runs, steps, maps)
         drawn, ordinary = _as_drawn(output) if may_skip else None, None
-        if maps and live.thread not in beside:  # else another capture's lies on the stack
+        if (
+            maps is not None and maps.names and live.thread not in beside
+        ):  # else another capture's lies on the stack
             ordinary = OrdinaryPath(module, maps, _opened)
         firings = live.tracer.trace.record.firings if live.tracer is not None else ()
         told = len(firings), self._paths.position

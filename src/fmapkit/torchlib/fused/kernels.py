@@ -14,7 +14,7 @@ in its shapes, since that path runs where torch does not fuse: while a model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -38,6 +38,7 @@ _ENTRIES = {
     "cpu": (_Key.CPU, _Key.NestedTensorCPU),
     "cuda": (_Key.CUDA, _Key.NestedTensorCUDA),
 }
+_TYPES = frozenset({Tensor, nn.Parameter})
 # By thread: what runs the kernel of an encoder's layer while the encoder runs by its fused path.
 kernel_runners: dict[int, Callable[..., Any]] = {}
 
@@ -83,10 +84,10 @@ class FusedKernel:
             What it returns; and the maps, none where they cannot be seen.
         """
         given = self.args[0]
-        plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
         known = given.device.type in _ENTRIES and given.dim() == 3 and given.numel()
-        watched = dispatch_mode_count() or transforming() is not None
-        if not known or watched or not all(plain):
+        for tensor in self._tensors():
+            known = known and type(tensor) in _TYPES and not tensor.is_nested
+        if not known or dispatch_mode_count() or transforming() is not None:
             return self(), KernelMaps({}, ())
         keep = None if self._whole is None else self.args[1]
         found = None
@@ -153,7 +154,7 @@ class FusedKernel:
         return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
 
 
-class KernelMaps(Mapping[str, Tensor]):
+class KernelMaps:
     """The maps of one call of a kernel, in the shapes of the ordinary path.
 
     Args:
@@ -163,16 +164,11 @@ class KernelMaps(Mapping[str, Tensor]):
     """
 
     def __init__(self, shown: Shown, size: tuple[int, ...], keep: Tensor | None = None) -> None:
+        self.names = shown.keys()
         self._shown = shown
         self._size = size
         self._keep = keep
         self._made: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._shown)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shown)
 
     def __getitem__(self, name: str) -> Tensor:
         """One of them, the same object each time."""

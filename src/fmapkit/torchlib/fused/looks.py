@@ -7,6 +7,7 @@ parameters. Where all of these are as they were, so is the kernel, with other in
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from fmapkit.torchlib.tensor_spec import autocasting
 # An encoder decides by its data, and a subclass by whatever its code says.
 _LAYERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _PLAIN = frozenset({type(None), bool, int, float})
+_type = operator.attrgetter("dtype", "device", "__class__")
 
 
 class FusedLooks:
@@ -50,9 +52,10 @@ def _form(given: Sequence[Any], names: Any) -> Any:
     if torch.is_grad_enabled() or autocasting() or dispatch_mode_count():
         return None  # then parameters may decide, by what nothing tells of, or who looks on
     found: list[Any] = [*names]
+    places: dict[int, int] = {}
     for value in given:
         if type(value) is Tensor:
-            first = next(at for at, other in enumerate(given) if other is value)
+            first = places.setdefault(id(value), len(places))
             found += first, value.dim(), value.dtype, value.device, value.is_nested
         elif type(value) in _PLAIN:
             found += type(value), value
@@ -102,7 +105,3 @@ class _Look:
         for at, place in self._places:
             args[at] = given[place]
         return FusedKernel(module, self._function, args, {})
-
-
-def _type(weight: Tensor) -> Any:
-    return weight.dtype, weight.device, type(weight)

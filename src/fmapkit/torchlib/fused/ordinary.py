@@ -53,7 +53,7 @@ class OrdinaryPath(ObserverMode):
             name = self._names.get(id(args[1])) if len(args) > 1 else None
         elif getattr(func, "__name__", "") in SIGMAS and args:
             name = next((activation_of(n) for n, z in self.given.items() if z is args[0]), None)
-        if name is None or name not in self._maps or name in self.given:
+        if name is None or name not in self._maps.names or name in self.given:
             return output
         if not self._maps.fits(name, output):
             return output

@@ -44,7 +44,7 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
     if steps is None:
         return None
     modes = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    form = kernel, *modes, *map(_form, args)
+    form = kernel, *modes, *_form(args)
 
     def both() -> tuple[Any, Any]:
         given = telling(args)
@@ -93,13 +93,17 @@ def telling(args: Any) -> list[Any]:
     return [made if a is x else a for a in args]
 
 
-def _form(argument: Any) -> Any:
-    if not isinstance(argument, Tensor):
-        return argument
-    graph = argument.requires_grad, argument.is_inference()
-    if argument.is_nested:
-        return argument.size(0), argument.dtype, *graph
-    return argument.shape, argument.stride(), argument.dtype, *graph
+def _form(args: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in args:
+        if not isinstance(value, Tensor):
+            found.append(value)
+        elif value.is_nested:
+            found += value.size(0), value.dtype, value.requires_grad, value.is_inference()
+        else:
+            found += value.shape, value.stride(), value.dtype
+            found += value.requires_grad, value.is_inference()
+    return found
 
 
 def _dense(tensor: Tensor) -> Tensor:
