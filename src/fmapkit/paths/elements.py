@@ -57,8 +57,8 @@ def picks_by_index(kind: type) -> bool:
 @remembered
 def item_of_elements(kind: type) -> Callable[[Any], Any]:
     """What makes an item of what values of a class hold."""
-    if kind in (tuple, list):  # of columns, as those of `zip(*columns)`
-        return lambda given: (kind, *[v if type(v) in PLAIN else _column(v) for v in given])
+    if kind in (tuple, list):
+        return _columns
     if kind not in (set, frozenset):
         item_of = ITEM_OF.get(kind) or item_of_class(kind)
         if item_of is not ignore:
@@ -70,10 +70,19 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
     return lambda given: (class_of(kind), *[flat(each, 1) for each in contents(given)])
 
 
+def _columns(given: Any) -> Any:
+    """The elements of a row, as of the columns in `zip(*columns)`."""
+    found: list[Any] = [type(given)]
+    for value in given:
+        kind = type(value)
+        found.append(value if kind in PLAIN else kind if kind is Tensor else _column(value))
+    return tuple(found)
+
+
 def _column(given: Any) -> Any:
-    """The same of one that is no plain value."""
+    """The same of one that is neither a plain value nor a tensor."""
     kind = type(given)
-    if kind is Tensor or kind in (tuple, list) or contents_of(kind) is None:
+    if kind in (tuple, list) or contents_of(kind) is None:
         return flat(given, 1)
     return item_of_elements(kind)(given)
 

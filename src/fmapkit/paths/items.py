@@ -44,6 +44,7 @@ NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
 NO_KEYS = (dict,)
+_YES, _NO = (bool, True), (bool, False)
 
 _WRAPPED = (staticmethod, classmethod)
 
@@ -162,7 +163,9 @@ def flat(given: Any, depth: int = 0) -> Any:
         return given
     if kind is Tensor:
         return Tensor
-    if kind is bool or kind is float:
+    if kind is bool:
+        return _YES if given else _NO
+    if kind is float:
         return kind, given
     if kind in _NESTED and depth < 8:
         depth += 1
