@@ -13,6 +13,9 @@ import torch
 _guards: Any = getattr(torch._C._dynamo, "guards", None) if sys.version_info < (3, 12) else None
 _version: Callable[[Any], int] | None = getattr(_guards, "dict_version", None)
 
+# Of dicts that are no more than that, whether a write to one can be told without a look into it.
+writes_are_counted = _version is not None
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

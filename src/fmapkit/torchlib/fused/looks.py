@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.torchlib.caching import DictWatch
+from fmapkit.torchlib.caching import DictWatch, writes_are_counted
 from fmapkit.torchlib.fused.kernels import FusedKernel
 from fmapkit.torchlib.fused.paths import fused_kernel
 from fmapkit.torchlib.modes import dispatch_mode_count
@@ -36,13 +36,14 @@ class FusedLooks:
     def kernel(self, forward: Any, module: nn.Module, args: Any, kwargs: Any) -> FusedKernel | None:
         """The same as `fused_kernel`."""
         given = (*args, *kwargs.values())
-        form = _form(given, kwargs) if type(module) in _LAYERS else None
-        known = self._known.pop(module, None)
-        if form is not None and known is not None and known.holds(form):
+        form = _form(given, kwargs) if writes_are_counted and type(module) in _LAYERS else None
+        known = self._known.pop(module, None) if form is not None else None
+        if known is not None and known.holds(form):
             self._known[module] = known
-            return known.kernel(module, given)
+            if known.lasts:
+                return known.kernel(module, given)
         kernel = fused_kernel(forward, module, args, kwargs)
-        if form is not None and kernel is not None:
+        if form is not None and kernel is not None and module not in self._known:
             self._known[module] = _Look(kernel, form, given)
         return kernel
 
@@ -71,6 +72,10 @@ class _Look:
         kernel: that it would call.
         form: see `_form`.
         given: all its arguments.
+
+    Attributes:
+        lasts: it would call the same kernel again. What it has made of its arguments, as one mask
+            of two, it makes anew each time.
     """
 
     def __init__(self, kernel: FusedKernel, form: Any, given: Sequence[Any]) -> None:
@@ -81,7 +86,7 @@ class _Look:
             d for m in inside for d in (m.__dict__, m._parameters, m._modules, m._buffers)
         )
         self._dicts.written()
-        self._function, self._kwargs = kernel.function, kernel.kwargs
+        self._function = kernel.function
         # Which of its arguments are the layer's; the others are its own.
         places = {id(value): at for at, value in enumerate(given) if isinstance(value, Tensor)}
         self._places = [(at, places[id(a)]) for at, a in enumerate(kernel.args) if id(a) in places]
@@ -90,12 +95,11 @@ class _Look:
         own = {id(p): p for m in inside for p in m._parameters.values()}
         self._weights = [a for a in self._args if isinstance(a, Tensor)]
         self._types = list(map(_type, self._weights))
-        # What it has made of its arguments, as one mask of two, it makes anew each time.
-        self._lasting = not self._kwargs and all(id(w) in own for w in self._weights)
+        self.lasts = not kernel.kwargs and all(id(w) in own for w in self._weights)
 
     def holds(self, form: Any) -> bool:
         """Whether a call of a form would do the same."""
-        if self._dicts.written() or not self._lasting or form != self._form:
+        if self._dicts.written() or form != self._form:
             return False
         return not any(self._hooks) and list(map(_type, self._weights)) == self._types
 
