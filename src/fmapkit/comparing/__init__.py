@@ -4,8 +4,7 @@
 | --- | --- |
 | `matching.py` | which map of the one belongs to which of the other |
 | `difference.py` | how far two maps are apart |
-| `comparison.py` | `compare`, and what it gives: a table, the first layer beyond a tolerance |
-| `drawing.py` | the picture |
+| `comparison.py` | `compare`, and what it gives: a table, what departs first, a picture |
 """
 
 from fmapkit.comparing.comparison import Comparison, compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from fmapkit.errors import (
     listed,
     near,
 )
+from fmapkit.kinds import KINDS
+from fmapkit.plot import axes_of
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 HEADS = ("layer", "kind", "shape", "dtype", "absolute", "relative", "cosine", "filter", "")
 _LEFT = 4
+_MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D", "P"), strict=True))
+_NAMES = 40  # of layers that are written below the axis
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -172,9 +176,48 @@ class Comparison(Shown):
             ImportError: matplotlib is not installed.
             ArgumentError: no map was compared.
         """
-        from fmapkit.comparing import drawing
-
-        return drawing.draw(self.differences, self.first, ax, self.gradients, title)
+        rows, first = self.differences, self.first
+        if not rows:
+            raise ArgumentError("nothing to plot: no map was compared")
+        figure, ax = axes_of(ax, 10, 4.2)
+        shown = [d.relative for d in rows if 0 < d.relative < math.inf]
+        tolerances = [d.tolerance for d in rows if d.tolerance > 0]
+        # A map that is equal lies on the floor, one that is not finite on the ceiling.
+        floor = min([*shown, *tolerances, 1e-7]) / 10
+        ceiling = max([*shown, *tolerances, 1e-6]) * 10
+        heights = [min(max(d.relative, floor), ceiling) for d in rows]
+        ax.set_yscale("log")
+        _points(ax, rows, heights)
+        ax.plot(heights, color="0.75", linewidth=0.8, zorder=1)
+        ax.step(
+            range(len(rows)),
+            [max(d.tolerance, floor) for d in rows],
+            where="mid",
+            color="tab:red",
+            linewidth=1,
+            linestyle="--",
+            label="tolerance",
+        )
+        if first is not None:
+            place = rows.index(first)
+            ax.axvline(place, color="tab:red", linewidth=0.8, alpha=0.5)
+            ax.annotate(
+                f"first beyond: {_name(first)}, {first.kind}",
+                (place, heights[place]),
+                xytext=(6, 8),
+                textcoords="offset points",
+                fontsize="small",
+            )
+        _label(ax, [_name(d) for d in rows])
+        ax.set_ylim(floor / 2, ceiling * 2)
+        ax.set_ylabel("‖a − b‖ / ‖a‖" + (" of gradients" if self.gradients else ""))
+        if any(d.equal for d in rows):
+            ax.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label="equal")
+        ax.legend(fontsize="small", loc="best")
+        ax.spines[["top", "right"]].set_visible(False)
+        if title:
+            ax.set_title(title)
+        return figure
 
 
 def compare(
@@ -229,11 +272,11 @@ def compare(
         raise ArgumentError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}")
     ours = _of_step(a, "first", step, kind, layers)
     theirs = _of_step(b, "second", step, kind, layers if match == "order" else None)
-    found = matched(ours, theirs, match)
+    pairs, only_a, only_b = matched(ours, theirs, match)
     return Comparison(
-        tuple(difference(x, y, tolerance, gradients) for x, y in found.pairs),
-        tuple((fm.layer, fm.kind) for fm in found.only_a),
-        tuple((fm.layer, fm.kind) for fm in found.only_b) if layers is None else (),
+        tuple(difference(x, y, tolerance, gradients) for x, y in pairs),
+        tuple((fm.layer, fm.kind) for fm in only_a),
+        tuple((fm.layer, fm.kind) for fm in only_b) if layers is None else (),
         gradients,
     )
 
@@ -284,3 +327,25 @@ _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
     "th,td{padding:.2em .8em;border-bottom:1px solid #ddd}caption{text-align:left;padding:.5em}"
 )
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+def _points(ax: Axes, rows: Sequence[Difference], heights: Sequence[float]) -> None:
+    """A mark for each map, by kind; hollow where every value is the same: this scale has no 0."""
+    for kind in dict.fromkeys(d.kind for d in rows):
+        mine = [i for i, d in enumerate(rows) if d.kind == kind]
+        equal = [i for i in mine if rows[i].equal]
+        marks: dict[str, Any] = {"markersize": 5, "label": kind, "zorder": 3}
+        hollow: dict[str, Any] = {"markersize": 3.5, "color": "white", "zorder": 4}
+        for at, style in ((mine, marks), (equal, hollow)):
+            ax.plot(at, [heights[i] for i in at], _MARKS[kind], **style)
+
+
+def _label(ax: Axes, names: list[str]) -> None:
+    """Write each layer's name once, below its first map; every n-th one where there are many."""
+    at = [i for i, name in enumerate(names) if not i or names[i - 1] != name]
+    at = at[:: max(1, -(-len(at) // _NAMES))]
+    ax.set_xticks(at, [names[i] for i in at], rotation=60, ha="right", fontsize="x-small")
+    ax.set_xlim(-0.8, len(names) - 0.2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
@@ -14,22 +13,12 @@ if TYPE_CHECKING:
 
 Match = Literal["name", "order"] | Mapping[str, str] | Callable[[str], str]
 _Key = tuple[str, str, int, str, int]
+# Maps that belong together, in the execution order of the first capture; then those that only the
+# first has, and only the second.
+_Matched = tuple[list[tuple["FeatureMap", "FeatureMap"]], list["FeatureMap"], list["FeatureMap"]]
 
 
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """Maps that belong together, and those that belong to none of the other capture.
-
-    Attributes:
-        pairs: in the execution order of the first capture.
-    """
-
-    pairs: list[tuple[FeatureMap, FeatureMap]]
-    only_a: list[FeatureMap]
-    only_b: list[FeatureMap]
-
-
-def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> Matched:
+def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> _Matched:
     """Bring the maps of two captures together.
 
     Args:
@@ -50,7 +39,7 @@ def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> M
     )
 
 
-def _by_order(a: Sequence[FeatureMap], b: Sequence[FeatureMap]) -> Matched:
+def _by_order(a: Sequence[FeatureMap], b: Sequence[FeatureMap]) -> _Matched:
     for at, (x, y) in enumerate(zip(a, b, strict=False)):
         if (x.kind, x.shape) != (y.kind, y.shape):
             raise ArgumentError(
@@ -68,7 +57,7 @@ def _by_order(a: Sequence[FeatureMap], b: Sequence[FeatureMap]) -> Matched:
             layer=extra.layer,
             kind=extra.kind,
         )
-    return Matched(list(zip(a, b, strict=True)), [], [])
+    return list(zip(a, b, strict=True)), [], []
 
 
 def _said(fm: FeatureMap) -> str:
@@ -78,7 +67,7 @@ def _said(fm: FeatureMap) -> str:
 
 def _by_name(
     a: Sequence[FeatureMap], b: Sequence[FeatureMap], name: Callable[[str], str]
-) -> Matched:
+) -> _Matched:
     known = dict(zip(_keys(b, lambda n: n), b, strict=True))
     pairs, only_a = [], []
     for key, fm in zip(_keys(a, name), a, strict=True):
@@ -95,7 +84,7 @@ def _by_name(
             "dict of names",
             candidates=theirs,
         )
-    return Matched(pairs, only_a, list(known.values()))
+    return pairs, only_a, list(known.values())
 
 
 def _keys(maps: Sequence[FeatureMap], name: Callable[[str], str]) -> list[_Key]:
