@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,33 @@ from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
 from fmapkit.model import changed, run, tensors_in
-from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_map
 
 Edits = Mapping[Any, Callable[[FeatureMap], Tensor]]
 
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes)
+
+Key = tuple[str, int, str]  # the layer, the call, the path
+
+
+class PatchPiece(NamedTuple):
+    """A map, and which part of it."""
+
+    key: Key
+    where: Where
+
+
+def key_of(fm: FeatureMap) -> Key:
+    """What tells a map of one kind from the others of its pass."""
+    return fm.layer, fm.call, fm.path
+
+
+def named(key: Key, keys: Iterable[Key]) -> str:
+    """A map's name in a result: its layer, with the call where there are several, and its path."""
+    layer, call, path = key
+    several = len({other[1] for other in keys if other[0] == layer}) > 1
+    return f"{layer}{path}" + (f" (call {call})" if several else "")
 
 
 class ModelInputs:
@@ -80,10 +100,9 @@ class Runs:
         self._samples = 0
         self._done: set[int] = set()
 
-    @contextmanager
     def _capture(
         self, edit: Edits | None, at_map: Callable[[FeatureMap], Tensor], stop: bool
-    ) -> Iterator[FeatureMaps]:
+    ) -> capture:
         """Passes in which a function is given each map that is meant, after other edits."""
         edits: dict[Any, Any] = {
             _in_each_run(where): self._by_copy(function, where)
@@ -91,8 +110,7 @@ class Runs:
         }
         edits[dataclasses.replace(self._where, optional=True)] = at_map
         layers, kind = self._of if self._of is not None else (self._model, "output")
-        with capture(self._model, layers, kinds=kind, edit=edits, stop=stop) as maps:
-            yield maps
+        return capture(self._model, layers, kinds=kind, edit=edits, stop=stop)
 
     def take(self, inputs: ModelInputs, edit: Edits | None) -> Tensor:
         """Run the model and take its maps; the metric of that run."""

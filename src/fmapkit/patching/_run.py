@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,8 +13,7 @@ from fmapkit._lazy import with_bar
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError, check_choice, check_positive
 from fmapkit.map import FeatureMap
-from fmapkit.patching._edited_runs import ModelInputs, Runs
-from fmapkit.patching._pieces import named, pieces_of
+from fmapkit.patching._edited_runs import Key, ModelInputs, PatchPiece, Runs, named
 from fmapkit.patching._result import OTHER, Patching
 
 
@@ -88,7 +88,7 @@ def patch(
     runs = Runs(model, metric, where, of)
     with torch.no_grad():
         metrics = {source: runs.take(given[source], edits[source])}
-        pieces, places, groups = pieces_of(runs.maps, where, positions, filters)
+        pieces, places, groups = _pieces_of(runs.maps, where, positions, filters)
         found: list[Tensor] = []
         with runs.patched(given[patched], edits[patched], samples) as run:
             [metrics[patched]] = run([None])
@@ -132,3 +132,62 @@ def _check_copies(plain: Tensor, copies: Sequence[Tensor]) -> None:
                 f"{value.tolist()}, and {plain.tolist()} when it runs alone: the model or the "
                 "metric mixes samples of a batch; batch_size=1 runs each patch alone"
             )
+
+
+# -- which pieces ----------------------------------------------------------------------------------
+
+
+def _pieces_of(
+    maps: Mapping[Key, FeatureMap], where: Where, positions: Any, filters: Any
+) -> tuple[list[PatchPiece], tuple[Any, ...], tuple[Any, ...]]:
+    """All pieces, in the order of the result: of each map each position, and of that each group.
+
+    Beside them the positions, none for whole maps, and the groups of filters, none for all of them.
+    """
+    if isinstance(positions, str) and positions == "each":
+        places = tuple(range(_count(maps, where)))
+    else:
+        places = _several(positions, "positions", "'each', ")
+    groups = tuple(k if isinstance(k, int) else tuple(k) for k in _several(filters, "filters"))
+    axis, kind = where.filter_axis, where.kind
+    parts = [
+        Where("", kind, group, at=at, filter_axis=axis)
+        for at, group in itertools.product(places or (None,), groups or (None,))
+    ]
+    return [PatchPiece(key, part) for key in maps for part in parts], places, groups
+
+
+def _several(given: Any, name: str, also: str = "") -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, (str, int)) or not isinstance(given, Iterable):
+        raise ArgumentError(f"{name} must be {also}several of these in a list, or None")
+    found = tuple(given)
+    if not found:
+        raise ArgumentError(f"{name}=[] leaves nothing to patch; None, the default, means all")
+    return found
+
+
+def _count(maps: Mapping[Key, FeatureMap], where: Where) -> int:
+    """How many positions each map has, if these lie along one axis and are as many in each."""
+    counts: dict[int, Key] = {}
+    for key, fm in maps.items():
+        rank, filters = fm.tensor.dim(), fm.filter_dim
+        if where.filter_axis is not None:
+            filters = where.filter_axis % rank
+        if filters is None:
+            raise ArgumentError(
+                f"positions='each': which axis of the {fm.kind} of {named(key, maps)!r} counts "
+                "filters is not told by the data: say it with filter_axis=-1"
+            )
+        axes = [d for d in range(1, rank) if d != filters]
+        if len(axes) != 1:
+            raise ArgumentError(
+                f"positions='each' is for maps with one axis of positions, and that of "
+                f"{named(key, maps)!r}, of shape {tuple(fm.shape)}, has {len(axes)}: list them"
+            )
+        counts.setdefault(fm.shape[axes[0]], key)
+    if len(counts) > 1:
+        told = ", ".join(f"{named(key, maps)!r} has {count}" for count, key in counts.items())
+        raise ArgumentError(f"positions='each' needs maps of as many positions: {told}")
+    return next(iter(counts))
