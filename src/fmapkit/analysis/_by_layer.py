@@ -9,7 +9,7 @@ merge, reduce   -> Held.merge   of several runs in one process, or of all ranks 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -24,22 +24,12 @@ from fmapkit.analysis._keys import Filters, Groups, Name
 from fmapkit.errors import ArgumentError, DistributedError, listed
 from fmapkit.kinds import KINDS
 from fmapkit.readable import plain_values
-from fmapkit.tables import Shown
+from fmapkit.tables import Shown, Table
 from fmapkit.torchlib.operators import tree_map
 
 if TYPE_CHECKING:
     from fmapkit import page
     from fmapkit.maps import FeatureMap
-
-
-class Tabular(Shown):
-    """Shows itself by a table, and as a page."""
-
-    if TYPE_CHECKING:
-        to_html = page.write_analysis
-        """Write what is known as a page to share, one HTML file: `fmapkit.page.write_analysis`."""
-    else:
-        to_html = LazyMethod("fmapkit.page", "write_analysis")
 
 
 class Sums(Protocol):
@@ -53,7 +43,7 @@ G = TypeVar("G", bound=Sums)
 S = TypeVar("S")  # how that is read
 
 
-class ByLayer(ABC, Generic[G, S]):
+class ByLayer(Shown, Generic[G, S]):
     """Takes maps in, and reads what is known, layer by layer.
 
     Args:
@@ -61,6 +51,8 @@ class ByLayer(ABC, Generic[G, S]):
     """
 
     _kinds: Collection[str] = KINDS  # of the maps that are looked at
+    _heads: tuple[str, ...]  # of the table; from the fourth on, there are numbers below
+    _nothing = "no map seen yet"
 
     def __init__(self, what: str) -> None:
         self._groups: Groups[G] = Groups(what)
@@ -72,6 +64,14 @@ class ByLayer(ABC, Generic[G, S]):
     @abstractmethod
     def _read(self, name: Name) -> S:
         """What is known of the maps of one name."""
+
+    @abstractmethod
+    def _row(self, s: S) -> tuple[str, ...]:
+        """The line of the table for what is known of one name; waits for the device."""
+
+    @abstractmethod
+    def _summary(self, rows: list[tuple[str, ...]]) -> str:
+        """What stands below the table."""
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
@@ -167,6 +167,12 @@ class ByLayer(ABC, Generic[G, S]):
         """It is there, also when nothing has been seen."""
         return True
 
+    def _table(self) -> Table:
+        name, rows = type(self).__name__, [self._row(s) for s in self]
+        missed = f", {len(self.missed)} missed (see {self._groups.what}.missed)"
+        last = f"{self._summary(rows)}{missed * bool(self.missed)}" if rows else self._nothing
+        return Table(self._heads, rows, range(3, len(self._heads)), f"{name}: {last}")
+
     # -- keeping -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,6 +222,27 @@ class ByLayer(ABC, Generic[G, S]):
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else text[:77] + "…"
+
+
+class Tabular(ByLayer[G, S]):
+    """Shows itself as a page, too, and can be read window by window."""
+
+    if TYPE_CHECKING:
+        to_html = page.write_analysis
+        """Write what is known as a page to share, one HTML file: `fmapkit.page.write_analysis`."""
+    else:
+        to_html = LazyMethod("fmapkit.page", "write_analysis")
+
+    def take(self) -> Self:
+        """What was seen since the last time, as an analysis of its own; this one begins anew.
+
+        So that the course of a training can be read, epoch by epoch. `Statistics.merge` puts them
+        together again, and gives what would have been seen without. `DeadFilters` count steps and
+        inputs from there, and forget that a filter had been silent before.
+        """
+        taken = copy.copy(self)
+        self.reset()
+        return taken
 
 
 # -- put together ----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._blocks import along, at_hand
-from fmapkit.analysis._by_layer import ByLayer, Tabular
+from fmapkit.analysis._by_layer import Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis.summary import FIRINGS_HEADS, LayerFirings, firings_row
+from fmapkit.analysis.summary import LayerFirings
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, check_positive, listed
-from fmapkit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +74,7 @@ class _FilterFirings:
         self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
 
 
-class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
+class DeadFilters(Tabular[_FilterFirings, LayerFirings]):
     """Which filters never fired over the last inputs, since when, by layer; an `Analysis`.
 
     ```python
@@ -116,6 +114,11 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
     """
 
     _kinds = ("activation",)
+    _heads = (
+        *("layer", "σ", "by", "inputs", "filters", "dead", "share", "never fired"),
+        *("since input", "since step", "revivals"),
+    )
+    _nothing = "no activation seen yet"
 
     def __init__(
         self,
@@ -148,15 +151,6 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
             groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
         return ""
 
-    def take(self) -> DeadFilters:
-        """What was seen since the last time, as an analysis of its own; this one begins anew.
-
-        Steps and inputs are counted from there. That a filter had been silent before is forgotten.
-        """
-        taken = copy.copy(self)
-        self.reset()
-        return taken
-
     # -- reading -------------------------------------------------------------------------------
 
     def _read(self, name: Name) -> LayerFirings:
@@ -186,14 +180,23 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         """
         return self._table().text()
 
-    def _table(self) -> Table:
-        rows = [firings_row(s) for s in self]
-        if not rows:
-            return Table(FIRINGS_HEADS, [], (), "DeadFilters: no activation seen yet")
+    def _row(self, s: LayerFirings) -> tuple[str, ...]:
+        dead = s.dead
+        count = int(dead.sum())
+        since = step = "–"
+        if count:
+            first = torch.where(dead, s.last_input, torch.iinfo(torch.int64).max).argmin()
+            since = str(int(s.last_input[first])) if s.last_input[first] > 0 else "the start"
+            step = str(int(s.last_step[first])) if s.last_input[first] > 0 else "–"
+        return (
+            *(s.layer + s.path, s.nonlinearity or "", s.rule, str(int(s.inputs.max()))),
+            *(str(len(s)) if s.filters is not None else "–", str(count), f"{count / len(s):.1%}"),
+            *(str(int((dead & s.never).sum())), since, step, str(int(s.revivals.sum()))),
+        )
+
+    def _summary(self, rows: list[tuple[str, ...]]) -> str:
         dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
-        missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
-        last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
-        return Table(FIRINGS_HEADS, rows, range(3, len(FIRINGS_HEADS)), last)
+        return f"{dead} of {filters} filters silent over {self.after} inputs"
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: when each filter fired."""

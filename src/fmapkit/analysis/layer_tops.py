@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit.analysis._inputs import fields_for, image_of, sequence_of
@@ -316,22 +315,3 @@ class LayerTops(Shown):
         for filter in chosen:
             self._row(filter)
         return chosen
-
-
-def row(s: LayerTops) -> tuple[str, ...]:
-    """A line of the report; waits for the device."""
-    best = int(s.scores[:, 0].argmax()) if len(s) else 0
-    score = float(s.scores[best, 0]) if len(s) else -torch.inf
-    return (
-        s.layer + s.path,
-        s.kind,
-        s.nonlinearity or "",
-        str(len(s)),
-        str(s.seen),
-        f"{score:.4g}",
-        str(s.filters[best]),
-        str(int(s.inputs[best, 0])),
-    )
-
-
-HEADS = ("layer", "kind", "σ", "filters", "inputs", "strongest", "of filter", "input")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,6 @@ from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import check_flags
-from fmapkit.tables import Table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -35,7 +33,7 @@ class _Group(Held):
         return {"count": self.sums.count, "saturates": self.saturates, **Held.state(self)}
 
 
-class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
+class Statistics(Tabular[_Group, LayerStatistics], Mergeable[_Group, LayerStatistics]):
     """Running statistics of every captured layer, filter by filter; an `Analysis`.
 
     ```python
@@ -86,6 +84,8 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
         ArgumentError: an argument is outside what is allowed.
     """
 
+    _heads = ("layer", "kind", "σ", "filters", *_HEADS)
+
     def __init__(
         self,
         *,
@@ -126,16 +126,6 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
                 )
         return before.merge(moments(values, bounds, self._edges, before))
 
-    def take(self) -> Statistics:
-        """What was seen since the last time, as statistics of its own; this one begins anew.
-
-        So that the course of a training can be read, epoch by epoch. `merge` puts them together
-        again, and gives what would have been seen without.
-        """
-        taken = copy.copy(self)
-        self.reset()
-        return taken
-
     # -- reading -------------------------------------------------------------------------------
 
     def _read(self, name: Name) -> LayerStatistics:
@@ -150,18 +140,13 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
 
         return [statistics_section(s) for s in self]
 
-    def _table(self) -> Table:
-        heads = ("layer", "kind", "σ", "filters", *_HEADS)
-        rows = []
-        for s in self:
-            cells = [column[0] for column in _columns(s.overall(), 1)]
-            count = str(len(s)) if s.filters is not None else "–"
-            rows.append((s.layer + s.path, s.kind, s.nonlinearity or "", count, *cells))
-        missed = f", {len(self.missed)} missed (see stats.missed)" if self.missed else ""
-        last = f"Statistics: {len(self)} kinds of map of {len(self.layers)} layers{missed}"
-        return Table(
-            heads, rows, range(3, len(heads)), last if rows else "Statistics: no map seen yet"
-        )
+    def _row(self, s: LayerStatistics) -> tuple[str, ...]:
+        count = str(len(s)) if s.filters is not None else "–"
+        cells = [column[0] for column in _columns(s.overall(), 1)]
+        return (s.layer + s.path, s.kind, s.nonlinearity or "", count, *cells)
+
+    def _summary(self, rows: list[tuple[str, ...]]) -> str:
+        return f"{len(rows)} kinds of map of {len(self.layers)} layers"
 
     # -- keeping -------------------------------------------------------------------------------
 

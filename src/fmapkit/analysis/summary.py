@@ -227,33 +227,3 @@ class LayerFirings(Shown):
             f"after {int(self.inputs.max())} inputs (by {self.rule}){more}"
         )
         return Table(heads, rows, range(len(heads)), last)
-
-
-def firings_row(s: LayerFirings) -> tuple[str, ...]:
-    """A line of the report: of all filters together; waits for the device."""
-    dead = s.dead
-    count = int(dead.sum())
-    since = step = "–"
-    if count:
-        first = torch.where(dead, s.last_input, torch.iinfo(torch.int64).max).argmin()
-        since = str(int(s.last_input[first])) if s.last_input[first] > 0 else "the start"
-        step = str(int(s.last_step[first])) if s.last_input[first] > 0 else "–"
-    return (
-        s.layer + s.path,
-        s.nonlinearity or "",
-        s.rule,
-        str(int(s.inputs.max())),
-        str(len(s)) if s.filters is not None else "–",
-        str(count),
-        f"{count / len(s):.1%}",
-        str(int((dead & s.never).sum())),
-        since,
-        step,
-        str(int(s.revivals.sum())),
-    )
-
-
-FIRINGS_HEADS = (
-    *("layer", "σ", "by", "inputs", "filters", "dead", "share", "never fired"),
-    *("since input", "since step", "revivals"),
-)

@@ -14,9 +14,8 @@ from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import Held, Mergeable
 from fmapkit.analysis._keys import Filters, Name, steps_since
 from fmapkit.analysis._strongest import Scores, Strongest, by_sample, scores_of
-from fmapkit.analysis.layer_tops import HEADS, LayerTops, row
+from fmapkit.analysis.layer_tops import LayerTops
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
-from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -93,7 +92,7 @@ class _Counter:
         )
 
 
-class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
+class TopInputs(Mergeable[_TopGroup, LayerTops]):
     """The k inputs that excite each filter most, by layer, and where; an `Analysis`.
 
     ```python
@@ -137,6 +136,8 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     Raises:
         ArgumentError: an argument is outside what is allowed.
     """
+
+    _heads = ("layer", "kind", "σ", "filters", "inputs", "strongest", "of filter", "input")
 
     def __init__(
         self,
@@ -205,14 +206,17 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
             at=torch.cat([t.at for t in tops]),
         )
 
-    def _table(self) -> Table:
-        rows = [row(s) for s in self]
-        if not rows:
-            return Table(HEADS, rows, range(3, len(HEADS)), "TopInputs: no map seen yet")
-        missed = f", {len(self.missed)} missed (see top.missed)" if self.missed else ""
+    def _row(self, s: LayerTops) -> tuple[str, ...]:
+        best = int(s.scores[:, 0].argmax())
+        return (
+            *(s.layer + s.path, s.kind, s.nonlinearity or "", str(len(s)), str(s.seen)),
+            *(f"{float(s.scores[best, 0]):.4g}", str(s.filters[best])),
+            str(int(s.inputs[best, 0])),
+        )
+
+    def _summary(self, rows: list[tuple[str, ...]]) -> str:
         by = self.by if isinstance(self.by, str) else "a function"
-        last = f"TopInputs: {self.k} inputs of each filter, by {by}{missed}"
-        return Table(HEADS, rows, range(3, len(HEADS)), last)
+        return f"{self.k} inputs of each filter, by {by}"
 
     # -- keeping and putting together ------------------------------------------------------------
 
