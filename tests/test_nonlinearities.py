@@ -91,6 +91,7 @@ COUNTS: dict[str, tuple[str, Function]] = {
     "masked_fill": ("masked_fill", lambda z: z.masked_fill(z < 0, 0.0)),
     "masked_fill_": ("masked_fill", on_a_copy(lambda z: z.masked_fill_(torch.lt(z, 0), 0.0))),
     "erf": ("erf", lambda z: torch.special.erf(z)),
+    "gelu_": ("gelu", on_a_copy(lambda z: torch._C._nn.gelu_(z))),
 }
 
 

@@ -35,27 +35,6 @@ MODULES: dict[type[nn.Module], str] = {
 
 _TORCHS = set(MODULES)
 
-# The name of σ, and the names under which torch has it (an in-place form ends in "_").
-_NAMES: dict[str, tuple[str, ...]] = {
-    name: (name, name + "_")
-    for name in (
-        *("celu", "elu", "hardtanh", "leaky_relu", "relu", "relu6", "rrelu", "selu", "sigmoid"),
-        *("tanh", "threshold", "silu", "mish", "hardswish", "hardsigmoid"),
-    )
-} | {
-    "gelu": ("gelu",),
-    "glu": ("glu",),
-    "hardshrink": ("hardshrink",),
-    "logsigmoid": ("logsigmoid", "log_sigmoid"),
-    "prelu": ("prelu", "_prelu_kernel"),
-    "sigmoid": ("sigmoid", "sigmoid_", "expit"),
-    "softplus": ("softplus",),
-    "softshrink": ("softshrink",),
-    "softsign": ("softsign",),
-    "tanhshrink": ("tanhshrink",),
-}
-
-
 # Other names that torch has for a function, beside those of `torch.special`.
 _ALIASES = {
     "absolute": "abs",
@@ -95,8 +74,15 @@ def _names_of(plain: str) -> list[str]:
     return [form for name in every for form in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
 
 
-# The names of functions that count, as `torch.ops.aten` has them.
-_BY_NAME = {name: sigma for sigma, names in _NAMES.items() for name in names}
+# σ by the plain name of its function, which is σ's own but for two.
+_BY_NAME = {
+    name: name
+    for name in (
+        *("celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh"),
+        *("leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid"),
+        *("silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink", "threshold"),
+    )
+} | {"log_sigmoid": "logsigmoid", "_prelu_kernel": "prelu"}
 
 
 def function_sigma(function: Any) -> str | None:
@@ -132,7 +118,9 @@ def _same(function: Any) -> set[Any]:
 
 
 FUNCTIONS: dict[Any, str] = {
-    function: sigma for sigma, names in _NAMES.items() for function in _with_these_names(names)
+    function: sigma
+    for name, sigma in _BY_NAME.items()
+    for function in _with_these_names(_names_of(name))
 }
 _OWN = dict(FUNCTIONS)  # torch's, as it came
 
@@ -165,7 +153,7 @@ def register_nonlinearity(
         sigma = name or plain
         FUNCTIONS.update(dict.fromkeys(functions, sigma))
         if not isinstance(nonlinearity, _OPS) or _space(nonlinearity) == "aten":
-            _BY_NAME.update(dict.fromkeys(_names_of(plain), sigma))
+            _BY_NAME[plain] = sigma
     else:
         raise ArgumentError(
             "register_nonlinearity takes an nn.Module subclass or a torch function, "
