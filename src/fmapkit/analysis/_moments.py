@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,7 @@ class Moments:
         return Moments(self.count, **{k: placed(t, device) for k, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("shift", "offset", "m2", "minimum", "maximum", "counts", "histogram")
-        found = {name: getattr(self, name) for name in names}
+        found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def merge(self, other: Moments) -> Moments:
@@ -136,10 +135,7 @@ def _empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
     zeros = torch.zeros(filters, dtype=kind, device=device)
     limit = torch.full((filters,), torch.inf, dtype=kind, device=device)
     counts = torch.zeros(3, filters, dtype=torch.int64, device=device)
-    histogram = None
-    if edges is not None:
-        shape = (filters, edges.columns)
-        histogram = torch.zeros(shape, dtype=torch.int64, device=device)
+    histogram = None if edges is None else counts.new_zeros(filters, edges.columns)
     return Moments(0, zeros, zeros, zeros, limit, -limit, counts, histogram)
 
 

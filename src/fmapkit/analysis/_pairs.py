@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.analysis._moments import accumulator
@@ -160,20 +161,14 @@ class Pairs:
 
     def _grow(self, first: Mapping[MapTag, Gram], second: Mapping[MapTag, Gram]) -> None:
         """Room for the layers of a pass."""
-        known = len(self.first), len(self.second)
-        for known_tags, grams in ((self.first, first), (self.second, second)):
-            known_tags += [tag for tag in grams if tag not in known_tags]
-        shape = len(self.first), len(self.second)
-        if shape == known and self._sums:
-            return
-        like = next(iter(first.values())).linear
-        for key in self._keys:
-            before = self._sums.get(key)
-            grown = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            if before is not None:
-                grown = grown.to(before.device)
-                grown[: known[0], : known[1]] = before
-            self._sums[key] = grown
+        more = []  # columns and rows
+        for known, grams in ((self.second, second), (self.first, first)):
+            new = [tag for tag in grams if tag not in known]
+            known += new
+            more += [0, len(new)]
+        if any(more):
+            none = next(iter(first.values())).linear.new_zeros(0, 0)
+            self._sums = {key: F.pad(self._sums.get(key, none), more) for key in self._keys}
 
     def cka(self) -> Tensor:
         """(first, second) on the CPU; NaN of two layers that no pass had both of."""
