@@ -18,9 +18,9 @@ field.size, field.stride, field.box(7, 7)
 
 from fmapkit.explain.cam import grad_cam
 from fmapkit.explain.occluding import Occlusion, occlusion
-from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
+from fmapkit.explain.pictures import plot_heat, plot_projection
 from fmapkit.explain.projection import effective_field, project
-from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
+from fmapkit.explain.receptive import Box, ReceptiveField, Span, plot_field, receptive_field
 
 __all__ = [
     "Box",

@@ -15,6 +15,7 @@ from fmapkit._lazy import with_bar
 from fmapkit.errors import ArgumentError, CaptureWarning, check_positive, is_int
 from fmapkit.explain._locations import At, chosen, has_samples, input_axes
 from fmapkit.explain._passes import WantedMap, eager, first_tensor, kept_state
+from fmapkit.explain.pictures import plot_heat
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model import changed, run
@@ -64,8 +65,6 @@ class Occlusion:
 
     def plot(self, image: Any = None, *, sample: int = 0) -> Figure:
         """Draw the heat map beside or on the image (extra: `plot`)."""
-        from fmapkit.explain.pictures import plot_heat
-
         return plot_heat(self.heat()[sample], image, title="drop of the map where it is covered")
 
 

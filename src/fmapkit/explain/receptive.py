@@ -8,10 +8,11 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import MapLookupError, check_choice
+from fmapkit.errors import ArgumentError, MapLookupError, check_choice
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
 from fmapkit.explain._locations import checked_location, input_axes, map_axes
@@ -24,9 +25,11 @@ from fmapkit.explain._passes import (
     step_by_step,
 )
 from fmapkit.explain._regular import Regular, regular
+from fmapkit.explain.pictures import extent, overlay, side_by_side
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model import run
+from fmapkit.plot import spread_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,10 +167,55 @@ class ReceptiveField:
         return None
 
     def plot(self, *location: int, image: Any = None, effective: Tensor | None = None) -> Figure:
-        """Draw the field of a location on the image (extra: `plot`); see `explain.pictures`."""
-        from fmapkit.explain.pictures import plot_field
-
+        """Draw the field of a location on the image (extra: `plot`); see `plot_field`."""
         return plot_field(self, location, image=image, effective=effective)
+
+
+def plot_field(
+    field: ReceptiveField,
+    location: tuple[int, ...],
+    *,
+    image: Any = None,
+    effective: Tensor | None = None,
+) -> Figure:
+    """Draw the field of a location as a box on the image; with `effective`, the heat map in it too.
+
+    Args:
+        field: of a map over an image.
+        location: row and column in the map, or position; empty for the middle.
+        image: a tensor or array (H, W), (1, H, W) or (3, H, W), in any range.
+        effective: what `effective_field` gives for the same location.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ArgumentError: the input is no image, or there is no such location.
+    """
+    if len(field.input_shape) != 2:
+        raise ArgumentError(
+            f"a field is drawn on an image, and this input has locations {field.input_shape}"
+        )
+    location = location or tuple(n // 2 for n in field.shape)
+    box = field.box(*location)
+    figure, panes = side_by_side(1 if effective is None else 2, 4.4)
+    from matplotlib.patches import Rectangle
+
+    shown = np.zeros(field.input_shape) if image is None else spread_pixels(image)[0]
+    for pane in panes:
+        pane.imshow(shown, cmap="gray", extent=extent(field.input_shape), interpolation="nearest")
+        corner, size = (box.left, box.top), (box.right - box.left, box.bottom - box.top)
+        pane.add_patch(Rectangle(corner, *size, fill=False, edgecolor="#e4572e", linewidth=1.8))
+    name = field.layer or "(model)"
+    panes[0].set_title(
+        f"{name} {location}: rows {box.top}–{box.bottom}, columns {box.left}–{box.right}",
+        fontsize="medium",
+    )
+    if effective is not None:
+        overlay(panes[1], effective, field.input_shape, signed=False)
+        panes[1].set_title("effective field", fontsize="medium")
+    return figure
 
 
 def receptive_field(
