@@ -7,7 +7,6 @@ keeps of distances, and `losses` has losses on features.
       φ(x)                       _calls.py      eager, or while torch.compile traces: _compiled.py
         -> _reader               _reader.py     which map of the pass is meant (_request.py)
         -> _recurring            _recurring.py  one capture for all calls
-        -> pooled                _pool.py       one vector for each sample
     probe, kept, singular_values  probing.py, distortion.py, jacobian.py
 """
 

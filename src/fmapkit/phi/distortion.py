@@ -86,18 +86,18 @@ class Kept(Shown):
     samples: int
     duplicates: int
     distances: Tensor
-    _layers: tuple[LayerKept, ...]
+    _layers: dict[str, LayerKept]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Their names, in the order of φ."""
-        return tuple(layer.layer for layer in self._layers)
+        return tuple(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[LayerKept]:
-        return iter(self._layers)
+        return iter(self._layers.values())
 
     def __getitem__(self, layer: str) -> LayerKept:
         """What is kept in one layer.
@@ -105,22 +105,12 @@ class Kept(Shown):
         Raises:
             KeyError: there is no such layer.
         """
-        for found in self._layers:
-            if found.layer == layer:
-                return found
-        raise KeyError(layer)
+        return self._layers[layer]
 
     def _table(self) -> Table:
         heads = (
-            "layer",
-            "features",
-            "smallest",
-            "pair",
-            "median",
-            "largest",
-            "pair",
-            "collisions",
-            "rank",
+            *("layer", "features", "smallest", "pair", "median"),
+            *("largest", "pair", "collisions", "rank"),
         )
         body = [
             (
@@ -202,7 +192,7 @@ def kept(
             raise ArgumentError(
                 f"layer {name!r} has {len(x)} features of {count} samples", layer=name
             )
-    layers = tuple(_layer(name, x, given, apart, tolerance) for name, x in features.items())
+    layers = {name: _layer(name, x, given, apart, tolerance) for name, x in features.items()}
     return Kept(count, int((~apart).sum()), given, layers)
 
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import ArgumentError, check_choice, check_module
+from fmapkit.errors import (
+    ArgumentError,
+    FilterRangeError,
+    check_choice,
+    check_module,
+    did_you_mean,
+    listed,
+)
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 from fmapkit.model import run
 from fmapkit.phi._calls import Calls
 from fmapkit.phi._compiled import opaque
 from fmapkit.phi._features import one, rows, sklearn_needed
-from fmapkit.phi._pool import Pool, checked, picked, pooled
 from fmapkit.phi._reader import Found
 from fmapkit.phi._request import Request
+from fmapkit.readable import tags
 from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
 if TYPE_CHECKING:
     from fmapkit.phi.transformer import FeatureTransformer
 
 Features = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Pool = str | Callable[[Tensor], Tensor] | None
+_POOLS = ("mean", "max", "flatten", "token")
 
 
 class FeatureFunction(nn.Module):
@@ -41,7 +51,7 @@ class FeatureFunction(nn.Module):
         super().__init__()
         self._asked = asked
         self._calls = Calls()
-        self.pool = checked(pool)
+        self.pool = _checked(pool)
         self._calls.reader(model, self._asked)  # what cannot be meant is said now
         self.model = model
 
@@ -70,7 +80,7 @@ class FeatureFunction(nn.Module):
 
     def _features(self, found: Found) -> Features:
         filters_of, pool = self._asked.filters_of, self.pool
-        features = [pooled(fm, picked(fm, filters_of(fm.layer)), pool) for _, fm in found]
+        features = [_pooled(fm, _picked(fm, filters_of(fm.layer)), pool) for _, fm in found]
         if self._asked.form == "dict":
             return dict(zip([key for key, _ in found], features, strict=True))
         return features[0] if self._asked.form == "one" else tuple(features)
@@ -212,3 +222,79 @@ def _gram(x: Tensor, y: Tensor, kind: str, gamma: float | None) -> Tensor:
     if kind == "cosine":
         x, y = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
     return x @ y.T
+
+
+# -- from a feature map to a feature vector --------------------------------------------------------
+
+
+def _checked(pool: Any) -> Pool:
+    """A way to pool, if it is of an allowed form."""
+    if pool is None or pool in _POOLS or (callable(pool) and not isinstance(pool, type)):
+        return pool  # type: ignore[no-any-return]
+    hint = did_you_mean(pool, _POOLS)
+    raise ArgumentError(
+        f"pool must be one of {listed(_POOLS)}, a function or None, not {pool!r}{hint}",
+        candidates=_POOLS,
+    )
+
+
+def _picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
+    """The map's tensor, or some filters of it, along the axis where they lie."""
+    if filters is None:
+        return fm.tensor
+    if fm.filters is None or fm.filter_dim is None:
+        raise ArgumentError(
+            f"filters= was given, and the {fm.kind} of layer {fm.layer!r} has no single filter "
+            "axis",
+            **tags(fm),
+        )
+    there = list(fm.filters)
+    places = []
+    for wanted in filters:
+        index = wanted if wanted >= 0 else there[-1] + 1 + wanted
+        if index not in there:
+            raise FilterRangeError(
+                f"filters={wanted} is out of range for the {fm.kind} of layer {fm.layer!r}, which "
+                f"has {len(there)} filters ({there[0]} to {there[-1]})",
+                filter=wanted,
+                candidates=there,
+                **tags(fm),
+            )
+        places.append(there.index(index))
+    # By slices: an index tensor would have to be sent to the device, which waits for it.
+    pieces = [fm.tensor.narrow(fm.filter_dim, place, 1) for place in places]
+    return torch.cat(pieces, fm.filter_dim)
+
+
+def _pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
+    """One vector for each sample, if the map has axes for that."""
+    if pool is None:
+        return tensor
+    if callable(pool):
+        return pool(tensor)
+    if pool == "flatten":
+        return tensor.flatten(1)
+    dim = fm.filter_dim
+    if dim is None:
+        if tensor.dim() <= 2:
+            return tensor
+        raise ArgumentError(
+            f"pool={pool!r} needs to know which axis has the filters, and the {fm.kind} of layer "
+            f"{fm.layer!r}, of shape {tuple(tensor.shape)}, has no single one; give a function",
+            **tags(fm),
+        )
+    dim %= tensor.dim()
+    if pool == "token":
+        if tensor.dim() != 3 or dim != 2:
+            raise ArgumentError(
+                f"pool='token' takes the first token of (samples, tokens, features), and the "
+                f"{fm.kind} of layer {fm.layer!r} has shape {tuple(tensor.shape)} with its filters "
+                f"along axis {dim}; give a function",
+                **tags(fm),
+            )
+        return tensor[:, 0]
+    # Filters on axis 0 are those of an input without a batch axis.
+    others = [d for d in range(tensor.dim()) if d != dim and (d > 0 or dim == 0)]
+    if not others:
+        return tensor
+    return tensor.mean(others) if pool == "mean" else tensor.amax(others)
