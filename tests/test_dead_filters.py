@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +27,7 @@ from fmapkit import (
 from fmapkit.analysis import Analysis, DeadFilters, LayerFirings
 from fmapkit.analysis import dead as dead_module
 from fmapkit.analysis.dead import SPANS
-from tests.test_statistics import NoWaiting, as_on_a_device, feed, fmap
+from tests.test_statistics import NoWaiting, as_on_a_device, feed, fmap, pickled, through_file
 
 
 def relu(*rows: list[float], step: int = 0, **tags: Any) -> FeatureMap:
@@ -347,20 +344,6 @@ def test_in_inference_mode_and_out_of_it() -> None:
     assert dead["conv"].dead_filters == [0]
 
 
-def test_what_is_left_out_is_named() -> None:
-    dead = DeadFilters()
-    with pytest.warns(
-        CaptureWarning, match="leaves out the activation of layer 'conv': it is complex"
-    ):
-        dead.update(fmap(torch.ones(2, 3, dtype=torch.complex64)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dead.update(fmap(torch.ones(2, 3, dtype=torch.complex64)))
-    assert list(dead.missed) == [("conv", "activation")]
-    with pytest.raises(UnknownLayerError, match="was left out: it is complex"):
-        dead["conv"]
-
-
 # -- look-ups, words, copies --------------------------------------------------------------------
 
 
@@ -398,17 +381,8 @@ def test_arguments(options: dict[str, Any], says: str) -> None:
         DeadFilters(**options)
 
 
-def through_file(dead: DeadFilters) -> DeadFilters:
-    file = io.BytesIO()
-    torch.save(dead.state_dict(), file)
-    file.seek(0)
-    loaded = DeadFilters(after=5)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    return loaded
-
-
 @pytest.mark.parametrize(
-    "again", [through_file, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))]
+    "again", [lambda d: through_file(d, DeadFilters(after=5)), copy.deepcopy, pickled]
 )
 def test_resumed_is_the_same(again: Callable[[DeadFilters], DeadFilters]) -> None:
     whole, first = DeadFilters(after=5), DeadFilters(after=5)

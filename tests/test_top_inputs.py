@@ -19,11 +19,7 @@ from fmapkit import ArgumentError, CaptureWarning, FeatureMap, FilterRangeError,
 from fmapkit.analysis import Analysis, Context, LayerTops, TopInputs
 from fmapkit.explain import receptive_field
 from fmapkit.reasons import Reason
-
-
-def fmap(tensor: Tensor, dim: int = 1, **tags: Any) -> FeatureMap:
-    known = {"kind": "activation", "layer": "conv", "filters": range(tensor.shape[dim]), **tags}
-    return FeatureMap(tensor, filter_dim=dim, **known)
+from tests.test_statistics import fmap, through_file
 
 
 def expected(
@@ -303,11 +299,7 @@ def test_kept_and_gone_on_from() -> None:
     whole, part = TopInputs(2), TopInputs(2)
     whole.update(fmap(x[:5]))
     part.update(fmap(x[:5]))
-    file = io.BytesIO()
-    torch.save(part.state_dict(), file)
-    file.seek(0)
-    resumed = TopInputs(2)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed = through_file(part, TopInputs(2))
     for one in (whole, resumed, copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
         one.update(fmap(x[5:], step=1))
         assert torch.equal(one["conv"].inputs, TopInputsOf(x, 2)["conv"].inputs)

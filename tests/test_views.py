@@ -16,20 +16,13 @@ from torch import Tensor, nn
 import fmapkit
 from fmapkit import (
     ArgumentError,
-    FeatureMap,
     FeatureMaps,
     FilterRangeError,
     UnknownLayerError,
     capture,
     views,
 )
-
-
-def fmap(tensor: Tensor, dim: int | None = 1, **tags: Any) -> FeatureMap:
-    filters = None if dim is None else range(tensor.shape[dim])
-    known = {"kind": "activation", "layer": "conv", "filters": filters, **tags}
-    return FeatureMap(tensor, filter_dim=dim, **known)
-
+from tests.test_statistics import fmap
 
 # -- values --------------------------------------------------------------------------------------
 
