@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,17 @@ class Masked(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class Before(nn.Module):
+    """A layer and a ReLU, with something before them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(self.function(x)))
 
 
 class Functional(nn.Module):

@@ -29,6 +29,7 @@ from fmapkit.explain import (
     project,
     receptive_field,
 )
+from tests.explain_nets import Before
 
 STYLES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "module": lambda m, x: m(x),
@@ -546,9 +547,9 @@ _IMAGES = torch.randn(2, 3, 12, 12)
             "model its embeddings instead, or use occlusion",
         ),
         (
-            lambda: project(_Detached(), _IMAGES, "conv"),
+            lambda: project(Before(Tensor.detach, nn.Conv2d(3, 2, 3)), _IMAGES, "layer"),
             ArgumentError,
-            "no differentiable path leads from the input to the activation of layer 'conv': the "
+            "no differentiable path leads from the input to the activation of layer 'layer': the "
             "model detaches it, or runs there without gradients",
         ),
         (
@@ -612,15 +613,6 @@ def test_errors(call: Callable[[], Any], kind: type[Exception], text: str) -> No
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == text
-
-
-class _Detached(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv(x.detach()))
 
 
 _SHARED = nn.Conv2d(3, 3, 3)

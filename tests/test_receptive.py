@@ -21,7 +21,7 @@ from fmapkit import ArgumentError, FmapkitError, capture
 from fmapkit.explain import Box, Span, _follow, receptive_field
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._probe import probe
-from tests.explain_nets import STEPS, Masked, fitting, seen
+from tests.explain_nets import STEPS, Before, Masked, fitting, seen
 
 # Of weights and images, until each pixel that can matter has mattered in one of them.
 DRAWS = 100
@@ -207,19 +207,15 @@ def test_a_mask_on_a_kernel_cuts_the_field() -> None:
 @pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
 @pytest.mark.parametrize("added", [True, False])
 def test_masked_scores_are_not_seen(low: float, added: bool) -> None:
-    class Causal(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(4, 4)
+    def causal(x: Tensor) -> Tensor:
+        scores = x @ x.transpose(1, 2)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        mask = torch.zeros(scores.shape[-2:]).masked_fill(hidden, low)
+        scores = scores + mask if added else scores.masked_fill(hidden, low)
+        return scores.softmax(-1) @ x
 
-        def forward(self, x: Tensor) -> Tensor:
-            scores = x @ x.transpose(1, 2)
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            mask = torch.zeros(scores.shape[-2:]).masked_fill(hidden, low)
-            scores = scores + mask if added else scores.masked_fill(hidden, low)
-            return torch.relu(self.proj(scores.softmax(-1) @ x))
-
-    field = receptive_field(Causal(), "proj", torch.randn(2, 6, 4), axes=1)
+    model = Before(causal, nn.Linear(4, 4))
+    field = receptive_field(model, "layer", torch.randn(2, 6, 4), axes=1)
     assert [field.box(t) for t in range(6)] == [Span(0, t + 1) for t in range(6)]
 
 
@@ -250,18 +246,14 @@ def test_tokens_of_a_language_model() -> None:
 
 @pytest.mark.parametrize("ones", [False, True])
 def test_one_hot_tokens_stay_apart(ones: bool) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv1d(7, 3, 3)
+    def one_hot(ids: Tensor) -> Tensor:
+        hot = torch.zeros(*ids.shape, 7).scatter(2, ids[..., None], 1.0)
+        if ones:
+            hot = hot.scatter_add(2, ids[..., None], torch.ones(*ids.shape, 1))
+        return hot.transpose(1, 2)
 
-        def forward(self, ids: Tensor) -> Tensor:
-            hot = torch.zeros(*ids.shape, 7).scatter(2, ids[..., None], 1.0)
-            if ones:
-                hot = hot.scatter_add(2, ids[..., None], torch.ones(*ids.shape, 1))
-            return torch.relu(self.conv(hot.transpose(1, 2)))
-
-    field = receptive_field(Model(), "conv", torch.randint(0, 7, (1, 9)))
+    model = Before(one_hot, nn.Conv1d(7, 3, 3))
+    field = receptive_field(model, "layer", torch.randint(0, 7, (1, 9)))
     assert [field.box(t) for t in range(7)] == [Span(t, t + 3) for t in range(7)]
     assert not field.assumed
 
@@ -289,17 +281,9 @@ def test_pruned_weights_are_masked() -> None:
 
 
 def test_normalised_values_are_no_mask() -> None:
-    class Weather(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3)
-            self.register_buffer("mean", torch.tensor(101325.0))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.conv(x - self.mean))
-
-    field = receptive_field(Weather(), "conv", torch.full((1, 1, 8, 8), 101325.0))
-    assert field.size == (3, 3)
+    mean = torch.tensor(101325.0)  # of a weather model
+    model = Before(lambda x: x - mean, nn.Conv2d(1, 1, 3))
+    assert receptive_field(model, "layer", mean.expand(1, 1, 8, 8).clone()).size == (3, 3)
 
 
 # -- kinds, calls, shapes --------------------------------------------------------------------------
@@ -387,36 +371,25 @@ def test_several_inputs() -> None:
 
 
 def test_a_model_that_takes_one_size_only() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 17, padding=8)
+    def fixed(x: Tensor) -> Tensor:
+        assert x.shape[2:] == (8, 8)
+        return x
 
-        def forward(self, x: Tensor) -> Tensor:
-            assert x.shape[2:] == (8, 8)
-            return torch.relu(self.conv(x))
-
-    field = receptive_field(Fixed(), "conv", torch.randn(1, 1, 8, 8))
+    model = Before(fixed, nn.Conv2d(1, 1, 17, padding=8))
+    field = receptive_field(model, "layer", torch.randn(1, 1, 8, 8))
     assert field.size == (None, None)
     assert field.whole
 
 
 @pytest.mark.parametrize("size", [7, 9])
 def test_a_map_of_a_fixed_size_has_no_stride_but_its_own(size: int) -> None:
-    class Resized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv1d(2, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.conv(F.interpolate(x, size)))
-
-    field = receptive_field(Resized(), "conv", torch.randn(1, 2, 13), axes=2)
+    model = Before(lambda x: F.interpolate(x, size), nn.Conv1d(2, 2, 1))
+    field = receptive_field(model, "layer", torch.randn(1, 2, 13), axes=2)
     assert [tuple(field.box(i)) for i in range(3)] == [
         (i * 13 // size, i * 13 // size + 1) for i in range(3)
     ]
     assert (field.size, field.stride, field.offset) == ((None,), (None,), (None,))
-    twice = receptive_field(Resized(), "conv", torch.randn(1, 2, 2 * size), axes=2)
+    twice = receptive_field(model, "layer", torch.randn(1, 2, 2 * size), axes=2)
     assert (twice.size, twice.stride, twice.offset) == ((1,), (2,), (0,))
 
 
@@ -424,46 +397,28 @@ def test_a_map_of_a_fixed_size_has_no_stride_but_its_own(size: int) -> None:
 
 
 def test_decisions_by_values_are_told() -> None:
-    class Decides(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.conv(x if x.mean() > 0 else x.flip(2)))
-
-    field = receptive_field(Decides(), "conv", torch.ones(1, 1, 6, 6))
+    model = Before(lambda x: x if x.mean() > 0 else x.flip(2), nn.Conv2d(1, 1, 3))
+    field = receptive_field(model, "layer", torch.ones(1, 1, 6, 6))
     assert field.decided
     assert field.box(0, 0) == Box(0, 0, 3, 3)
-    assert receptive_field(Decides(), "conv", -torch.ones(1, 1, 6, 6)).box(0, 0) == Box(3, 0, 6, 3)
+    assert receptive_field(model, "layer", -torch.ones(1, 1, 6, 6)).box(0, 0) == Box(3, 0, 6, 3)
 
 
 def test_operators_that_cannot_be_looked_into_are_named() -> None:
-    class Unpools(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 1)
+    def unpooled(x: Tensor) -> Tensor:
+        y, where = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(y, where, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y, where = F.max_pool2d(x, 2, return_indices=True)
-            return torch.relu(self.conv(F.max_unpool2d(y, where, 2)))
-
-    field = receptive_field(Unpools(), "conv", torch.randn(1, 1, 8, 8))
+    model = Before(unpooled, nn.Conv2d(1, 1, 1))
+    field = receptive_field(model, "layer", torch.randn(1, 1, 8, 8))
     assert field.assumed == ("max_unpool2d",)
     assert field.whole
 
 
 def test_values_that_leave_torch_are_refused() -> None:
-    class Leaves(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.conv(torch.from_numpy(x.numpy() * 2)))
-
+    model = Before(lambda x: torch.from_numpy(x.numpy() * 2), nn.Conv2d(1, 1, 3))
     with pytest.raises(ArgumentError) as caught:
-        receptive_field(Leaves(), "conv", torch.randn(1, 1, 6, 6))
+        receptive_field(model, "layer", torch.randn(1, 1, 6, 6))
     assert str(caught.value) == (
         "receptive_field follows what torch computes, and the model hands a tensor of shape "
         "(1, 1, 6, 6) on to another library (numpy)"
