@@ -135,14 +135,6 @@ def test_projections_have_the_formula(method: str) -> None:
     one, two = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
     x = torch.randn(5, 4, dtype=torch.float64)
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = one, two
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.two(F.relu(self.one(x))))
-
     z1 = one(x)
     z2 = two(F.relu(z1))
     back = torch.zeros_like(z2)
@@ -153,7 +145,8 @@ def test_projections_have_the_formula(method: str) -> None:
         return g * (z > 0) if method != "deconvnet" else g
 
     expected = passed(passed(back, z2) @ two.weight, z1) @ one.weight
-    found = project(Model(), x, "two", 1, method=method, start="map")  # type: ignore[arg-type]
+    model = nn.Sequential(one, nn.ReLU(), two, nn.ReLU())
+    found = project(model, x, "2", 1, method=method, start="map")  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-14)
 
 

@@ -99,8 +99,9 @@ class _Side:
         # A block for each pass begins at step 0 each time, and with the same map.
         if fm.step != self._step or tag == next(iter(self._current), None):
             self.close()
-        if self._step is None:
-            self._begin(fm.step)
+        if self._step is None:  # a pass has begun; steps in between were of others, not seen
+            self._place += 1 if self._last is None else steps_since(self._last, fm.step)
+            self._last = fm.step
         self._step = fm.step
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -116,11 +117,6 @@ class _Side:
                 self._ids = fm.ids
             values = tensor.detach().reshape(len(tensor), -1)
             self._current[tag] = Gram.of(values, self._owner._rsa)
-
-    def _begin(self, step: int) -> None:
-        """A pass has begun; steps in between were of passes that were not seen."""
-        self._place += 1 if self._last is None else steps_since(self._last, step)
-        self._last = step
 
     def _why_not(self, fm: FeatureMap, tensor: Tensor) -> str:
         if tensor.dim() < 2 or fm.filter_dim == 0:

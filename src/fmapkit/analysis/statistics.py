@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from fmapkit.analysis._by_layer import Held, Mergeable, Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
+from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, values_of
 from fmapkit.errors import check_flags
 
 if TYPE_CHECKING:
@@ -130,9 +130,10 @@ class Statistics(Tabular[_Group, LayerStatistics], Mergeable[_Group, LayerStatis
 
     def _read(self, name: Name) -> LayerStatistics:
         filters, groups = self._groups.parts(name)
-        parts = [(group.sums, group.saturates) for group in groups]
+        parts = [values_of(group.sums, group.saturates) for group in groups]
+        values: dict[str, Any] = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
         edges = None if self._edges is None else self._edges.tensor
-        return summarise(name, filters, parts, edges)
+        return LayerStatistics(**asdict(name), filters=filters, **values, edges=edges)
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: mean, std and histogram of each filter."""

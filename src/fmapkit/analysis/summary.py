@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
 from fmapkit.tables import Shown, Table
 
@@ -111,29 +110,11 @@ def _columns(s: LayerStatistics, limit: int) -> list[list[str]]:
     ]
 
 
-def summarise(
-    name: Name, filters: Filters, parts: list[tuple[Moments, bool]], edges: Tensor | None
-) -> LayerStatistics:
-    """What is read of one name; nothing here waits for the device.
+def values_of(m: Moments, saturates: bool) -> dict[str, Tensor]:
+    """One part's values, by the attributes of `LayerStatistics`; of no value, NaN.
 
-    Args:
-        parts: the moments, and whether saturation is defined, part by part.
+    Nothing here waits for the device.
     """
-    columns = [_column(m, saturates) for m, saturates in parts]
-    joined = {key: torch.cat([column[key] for column in columns]) for key in columns[0]}
-    return LayerStatistics(
-        name.layer,
-        name.kind,
-        name.nonlinearity,
-        name.path,
-        filters,
-        **joined,
-        edges=edges if "histogram" in joined else None,
-    )
-
-
-def _column(m: Moments, saturates: bool) -> dict[str, Tensor]:
-    """One part's values, by the attributes of `LayerStatistics`; of no value, NaN."""
     undefined = torch.full_like(m.m2, torch.nan)
     known = m.count > 0
     shares = m.counts.to(m.m2.dtype) / m.count if known else undefined.expand(m.counts.shape)
