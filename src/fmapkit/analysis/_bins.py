@@ -42,11 +42,7 @@ class Edges:
 
     @staticmethod
     def of(bins: Sequence[float] | str | None) -> Edges | None:
-        """What `Statistics(bins=...)` means.
-
-        Raises:
-            ArgumentError: it means nothing.
-        """
+        """What `Statistics(bins=...)` means; an `ArgumentError` if it means nothing."""
         if bins is None:
             return None
         if isinstance(bins, str):
@@ -72,11 +68,7 @@ class Edges:
         return len(self.edges) + 1
 
     def column_of(self, values: Tensor) -> Tensor:
-        """int64: of each value x the i with edges[i - 1] <= x < edges[i]; of NaN, any i.
-
-        Args:
-            values: float64 or float32.
-        """
+        """int64: of each float x the i with edges[i - 1] <= x < edges[i]; of NaN, any i."""
         if self._by_exponent and values.dtype in _LAYOUT:
             return _by_exponent(values)
         device = values.device

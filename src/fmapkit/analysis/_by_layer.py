@@ -330,11 +330,7 @@ class Mergeable(ByLayer[M, S]):
         return result
 
     def _check_ranks(self, said: list[dict[str, Any]]) -> None:
-        """Whether what the ranks have goes together; every rank comes to the same verdict.
-
-        Raises:
-            DistributedError: it does not.
-        """
+        """Raise unless what the ranks have goes together; every rank comes to the same verdict."""
         for rank, text in enumerate(said):
             if text["local"]:
                 raise DistributedError(
@@ -361,14 +357,7 @@ class Mergeable(ByLayer[M, S]):
 
 
 def _exchange(mine: Any, group: Any) -> list[Any]:
-    """What every rank has, in the order of ranks; tensors are on the CPU.
-
-    Args:
-        mine: tensors and values of built-in types; ranks may have others than each other.
-
-    Raises:
-        DistributedError: torch.distributed is not initialised, or this rank is not in the group.
-    """
+    """What every rank has, tensors on the CPU and values of built-in types, in order of ranks."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):

@@ -19,13 +19,7 @@ def fields_for(
 ) -> Callable[[Tensor], ReceptiveField]:
     """What tells the receptive fields of a layer's map for an image (channels, rows, columns).
 
-    Args:
-        model: to find the fields of, for images of each size; or
-        given: the fields, of images of one size.
-
-    Raises:
-        ArgumentError: neither is given, or both. So does the function, where the given ones are of
-            images of another size.
+    They are the given ones, of images of one size, or the model's, of images of each size.
     """
     if (model is None) == (given is None):
         raise ArgumentError(
@@ -63,9 +57,6 @@ def image_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Te
 
     Args:
         take: what to take of that; None for the first tensor or sequence in it.
-
-    Raises:
-        ArgumentError: there is none of that number, or it is no image.
     """
     found = _taken(dataset, number, take)
     if not isinstance(found, Tensor) or found.dim() not in (2, 3):
@@ -79,11 +70,7 @@ def image_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Te
 
 
 def sequence_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> list[Any]:
-    """A sequence of tokens of a data set; the arguments are those of `image_of`.
-
-    Raises:
-        ArgumentError: there is none of that number, or it is no sequence.
-    """
+    """A sequence of tokens of a data set; the arguments are those of `image_of`."""
     found = _taken(dataset, number, take)
     if isinstance(found, Tensor):
         found = found.flatten().tolist()

@@ -105,15 +105,7 @@ class Groups(Generic[G]):
         return list(dict.fromkeys(name.layer for name in self.names))
 
     def find(self, key: Any) -> Name:
-        """The one name that a key means: a layer, (layer, kind) or (layer, kind, path).
-
-        Raises:
-            NoPassError: nothing has been seen yet.
-            UnknownLayerError: nothing of such a layer.
-            NoActivationError: it has no activation.
-            KindNotCapturedError: it has nothing of that kind.
-            AmbiguousMapError: several names answer.
-        """
+        """The one name that a key means; the errors are those of `ByLayer.__getitem__`."""
         layer, kind, path = self._parse(key)
         of_layer = [n for n in self.names if n.layer == layer]
         if not of_layer:
@@ -193,11 +185,7 @@ class Groups(Generic[G]):
     def select(
         self, layer: Any, kind: str | None, nonlinearity: str | None, path: str | None
     ) -> list[Name]:
-        """Every name that fits.
-
-        Raises:
-            ArgumentError: an argument is of no allowed form.
-        """
+        """Every name that fits; arguments and errors are those of `ByLayer.select`."""
         if kind is not None:
             check_kind(kind)
         chosen = None if layer is None else selectors(layer)

@@ -33,11 +33,7 @@ _BOUNDS: dict[str, Bounds] = {
 
 
 def checked(given: Mapping[str, Bounds] | None) -> dict[str, Bounds]:
-    """The bounds by σ, the user's before ours.
-
-    Raises:
-        ArgumentError: something in `given` is no pair of bounds.
-    """
+    """The bounds by σ, the user's before ours; an error where one of the user's is no pair."""
     bounds = dict(_BOUNDS)
     for sigma, pair in (given or {}).items():
         fine = (

@@ -132,11 +132,7 @@ def by_sample(tensor: Tensor, dim: int) -> Tensor:
 
 
 def scores_of(values: Tensor, by: str | Scores) -> Tensor:
-    """(samples, filters): how strongly each filter responds to each sample.
-
-    Raises:
-        ArgumentError: a function gave something else.
-    """
+    """(samples, filters): how strongly each filter responds to each sample."""
     if callable(by):
         given = by(values)
         if not isinstance(given, Tensor) or given.shape != values.shape[:2]:

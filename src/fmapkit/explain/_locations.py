@@ -52,9 +52,7 @@ def checked_location(
 ) -> tuple[int, ...]:
     """A location within a shape, given by integers of Python or of any library.
 
-    Args:
-        said: how it was given, for an error.
-        of: the layer and the kind of the map, and what else is known of that.
+    An error names how it was `said`, and the map that it is `of`.
     """
     if len(given) != len(shape) or not all(
         hasattr(i, "__index__") and not isinstance(i, bool) and -n <= i < n

@@ -297,11 +297,7 @@ class _WantedField:
     def fields(
         self, inputs: Any, partly: bool = False
     ) -> tuple[FeatureMap, tuple[int, ...], Tensor, Tensor, Follow]:
-        """Run the model, and read the fields of the map.
-
-        Args:
-            partly: it may fail once the map is there.
-        """
+        """Run the model, which may fail `partly` once the map is there, and read its fields."""
         given = first_tensor(inputs, "receptive_field")
         tensor = given.detach().clone()  # in memory of its own: it may be a part of a data set
         inputs = exchanged(inputs, given, tensor)

@@ -75,11 +75,7 @@ class Watching:
         self._told = False
 
     def _begin(self, model: nn.Module, step: int) -> None:
-        """Open the capture; one that is open still, as after an error, is closed first.
-
-        Args:
-            step: how many optimiser steps there have been.
-        """
+        """Open the capture; one that is open still, as after an error, is closed first."""
         self._end()
         self._seen, self._written, self._told = False, step, False
         self.maps = self._open.enter_context(open_capture(model, **self._options))
@@ -92,7 +88,6 @@ class Watching:
         """Write what the analyses know, if it is time to, and begin the next window.
 
         Args:
-            log: where to; None for nowhere.
             step: how many optimiser steps there have been.
             last: it is time if there has been any since the last writing.
         """

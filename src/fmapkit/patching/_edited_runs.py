@@ -79,12 +79,7 @@ class ModelInputs:
 
 
 class Runs:
-    """Runs a model, with and without patches, and measures it.
-
-    Args:
-        metric: gets what the model returned, or the map that it is of.
-        where: which maps are taken and put in.
-        of: a layer, or (layer, kind), whose map the metric gets; None for the model's output.
+    """Runs a model, with and without patches, and measures it; arguments are those of `patch`.
 
     Attributes:
         maps: what is put in, by layer, call and path; once they were taken.
@@ -137,7 +132,6 @@ class Runs:
         """One capture around all patched runs, so that the model is traced once.
 
         Args:
-            edit: what changes it beside the patches.
             samples: in a batch; 0 where each forward runs one copy of the inputs.
         """
         self._samples = samples

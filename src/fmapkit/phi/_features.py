@@ -31,9 +31,6 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     """The features of all samples of some batches, by layer, as `rows` has them, on the CPU.
 
     The model runs in eval mode, without gradients.
-
-    Args:
-        batches: inputs as `run` takes them.
     """
     parts: dict[str, list[Tensor]] = {}
     with evaluating(phi), torch.no_grad():

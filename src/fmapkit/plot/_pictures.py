@@ -87,11 +87,7 @@ def check_strongest(filters: str) -> None:
 
 
 def latest_maps(maps: ReadableMaps, layers: Any, to: str) -> Sequence[ReadableMap]:
-    """The maps of the latest pass that are to be looked at.
-
-    Args:
-        to: what is done with them, "plot" or "show".
-    """
+    """The maps of the latest pass that are to be looked at, to "plot" or to "show" them."""
     found = maps.select(layers, step=-1)
     if not found and not maps.layers:
         raise NoPassError(f"nothing to {to}: no maps are held; run the model in the block first")
