@@ -117,6 +117,10 @@ def test_layouts_and_types() -> None:
     top.update(fmap(torch.tensor([[float("nan"), -float("inf"), 1.0]])))
     assert [top["conv"][f] for f in range(2)] == [[], []]
     assert top["conv"][2] == [(0, 1.0, ())]
+    assert [line.split() for line in repr(top["conv"]).splitlines()[2:]] == [
+        *(["0", "–", "–", "–"], ["1", "–", "–", "–"], ["2", "1", "0"]),
+        ["LayerTops:", "'conv',", "activation,", "1", "inputs"],
+    ]
 
 
 def test_a_function_of_the_values() -> None:

@@ -227,12 +227,7 @@ def unnormalised(
 
 
 def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
-    """(samples, filters, *locations); a view.
-
-    Raises:
-        FilterRangeError: the map has no filter axis.
-        ArgumentError: it has another number of axes of locations.
-    """
+    """(samples, filters, *locations), a view; an error where these are not so many axes."""
     len(fm)  # which refuses a map without that axis
     assert fm.filter_dim is not None
     tensor = fm.tensor

@@ -41,7 +41,11 @@ def plot_firings(
     for ax, s in zip(strips, shown, strict=True):
         _draw(ax, s, max_filters)
     strips[-1].set_xlabel("inputs")
-    _legend(below)
+    from matplotlib.patches import Patch
+
+    patches = [Patch(facecolor=colour, label=word) for word, colour in _STATES[:_UNSEEN]]
+    below.legend(handles=patches, loc="center", ncol=len(patches), frameon=False)
+    below.set_axis_off()
     entitle(figure, title, more)
     return figure
 
@@ -90,14 +94,6 @@ def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
         fontsize="medium",
         fontweight="bold",
     )
-
-
-def _legend(ax: Axes) -> None:
-    from matplotlib.patches import Patch
-
-    patches = [Patch(facecolor=colour, label=word) for word, colour in _STATES[:_UNSEEN]]
-    ax.legend(handles=patches, loc="center", ncol=len(patches), frameon=False)
-    ax.set_axis_off()
 
 
 def plot_similarity(

@@ -134,16 +134,11 @@ class LayerTops(Shown):
         rows = []
         for filter in self.filters[:_ROWS]:
             hits = self[filter]
-            first = hits[0] if hits else None
-            rows.append(
-                (
-                    str(filter),
-                    f"{first.score:.4g}" if first else "–",
-                    str(first.input) if first else "–",
-                    ", ".join(map(str, first.at)) if first else "–",
-                    ", ".join(str(h.input) for h in hits[1:5]) + ", …" * (len(hits) > 5),
-                )
-            )
+            first: tuple[str, ...] = ("–", "–", "–")
+            for hit in hits[:1]:
+                first = f"{hit.score:.4g}", str(hit.input), ", ".join(map(str, hit.at))
+            then = ", ".join(str(h.input) for h in hits[1:5]) + ", …" * (len(hits) > 5)
+            rows.append((str(filter), *first, then))
         heads = ("filter", "strongest", "input", "at", "then")
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         last = f"LayerTops: {self.layer + self.path!r}, {self.kind}, {self.seen} inputs{more}"

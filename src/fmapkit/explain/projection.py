@@ -272,12 +272,8 @@ def _rectified(fm: FeatureMap, z: Tensor, a: Tensor) -> bool:
     if not named and not bool((z < 0).any()):
         return False  # the values do not tell it from any other that leaves these as they are
     positive = z.clamp(min=0)
-    return _same(a, positive) or _same(a, positive.clamp(max=6))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether all values are the same, a NaN and a NaN included."""
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+    exactly: dict[str, Any] = {"rtol": 0, "atol": 0, "equal_nan": True}
+    return any(torch.allclose(a, b, **exactly) for b in (positive, positive.clamp(max=6)))
 
 
 class _Rectified(torch.autograd.Function):
