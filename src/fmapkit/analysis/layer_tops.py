@@ -176,8 +176,7 @@ class LayerTops(Shown):
                 or what it gives is no image.
             FilterRangeError: there is no such filter.
         """
-        chosen = self._chosen(filters)
-        hits = {filter: self[filter] for filter in chosen}
+        hits = {filter: self[filter] for filter in self._chosen(filters)}
         if self.at.shape[2] not in (1, 2):
             raise ArgumentError(
                 "patches are of maps with rows and columns, or tokens of an image, and the "
@@ -186,15 +185,14 @@ class LayerTops(Shown):
                 kind=self.kind,
             )
         fields = fields_for(self.layer, self.kind, self.path, model, field)
-        found: dict[int, list[Patch]] = {}
-        for filter, its in hits.items():
-            found[filter] = []
-            for hit in its:
-                whole = image_of(dataset, hit.input, image)
-                top, left, bottom, right = fields(whole).box(*hit.at)
-                pixels = whole[:, top:bottom, left:right]
-                found[filter].append(Patch(hit, (top, left, bottom, right), pixels, whole))
-        return found
+
+        def patch(hit: Hit) -> Patch:
+            whole = image_of(dataset, hit.input, image)
+            top, left, bottom, right = fields(whole).box(*hit.at)
+            pixels = whole[:, top:bottom, left:right]
+            return Patch(hit, (top, left, bottom, right), pixels, whole)
+
+        return {filter: [patch(hit) for hit in its] for filter, its in hits.items()}
 
     def contexts(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -151,13 +152,8 @@ def reaches(field: Tensor | None) -> bool:
 
 def least(fields: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor | None:
     """The field of what is computed from several, element by element, broadcast to a shape."""
-    found: Tensor | None = None
-    for field in fields:
-        if field is None:
-            continue
-        one = broadcast(field, shape)
-        found = one if found is None else torch.minimum(found, one)
-    return found
+    there = [broadcast(field, shape) for field in fields if field is not None]
+    return reduce(torch.minimum, there) if there else None
 
 
 def broadcast(field: Tensor, shape: Sequence[int]) -> Tensor:

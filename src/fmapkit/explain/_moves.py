@@ -52,7 +52,7 @@ def _moved(call: Call) -> list[Tensor | None]:
 
 def _places_field(call: Call) -> Tensor | None:
     """Of the numbers that say where elements go: all of them may matter to every result."""
-    found = None
+    found: list[Tensor | None] = []
     for name in _PLACES:
         value = call.get(name)
         for one in value if isinstance(value, (list, tuple)) else [value]:
@@ -61,9 +61,8 @@ def _places_field(call: Call) -> Tensor | None:
                 continue
             if field.dim() > 1 and field[0].numel() != 1:
                 call.assumed(call.name)
-            spread = field.flatten(1).amin(1)
-            found = spread if found is None else torch.minimum(found, spread)
-    return found
+            found.append(field.flatten(1).amin(1))
+    return least(found, ())
 
 
 def _embedded(call: Call) -> list[Tensor | None]:

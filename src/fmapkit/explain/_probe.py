@@ -91,16 +91,14 @@ class _Probing:
 
     def _changed(self, row: int, limit: int) -> list[Tensor]:
         """Which results change with the elements whose number in a row is at most a limit."""
-        found: list[Tensor] | None = None
+        found = []
         for values, usual in zip(self.base, self.usual, strict=True):
             for shift in _SHIFTS:
                 others = {
                     key: self._shifted(key, held, row, limit, shift) for key, held in values.items()
                 }
-                now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
-                found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
-        assert found is not None
-        return found
+                found.append([_differ(*two) for two in zip(self._run(others), usual, strict=True)])
+        return [torch.stack(each).any(0) for each in zip(*found, strict=True)]
 
     def _shifted(self, key: int, held: Tensor, row: int, limit: int, shift: float) -> Tensor:
         """The values of one operand, with others where its field reaches so far."""
