@@ -28,7 +28,7 @@ def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> _
     if isinstance(match, str) and match == "order":
         return _by_order(a, b)
     if isinstance(match, str) and match == "name":
-        return _by_name(a, b, lambda name: name)
+        return _by_name(a, b, str)
     if isinstance(match, Mapping):
         return _by_name(a, b, _renamed(dict(match), a, b))
     if callable(match):
@@ -68,14 +68,9 @@ def _said(fm: FeatureMap) -> str:
 def _by_name(
     a: Sequence[FeatureMap], b: Sequence[FeatureMap], name: Callable[[str], str]
 ) -> _Matched:
-    known = dict(zip(_keys(b, lambda n: n), b, strict=True))
-    pairs, only_a = [], []
-    for key, fm in zip(_keys(a, name), a, strict=True):
-        other = known.pop(key, None)
-        if other is None:
-            only_a.append(fm)
-        else:
-            pairs.append((fm, other))
+    by_a = dict(zip(_keys(a, name), a, strict=True))
+    by_b = dict(zip(_keys(b, str), b, strict=True))
+    pairs = [(fm, by_b[key]) for key, fm in by_a.items() if key in by_b]
     if not pairs and (a or b):
         ours, theirs = (list(dict.fromkeys(fm.layer for fm in maps)) for maps in (a, b))
         raise ArgumentError(
@@ -84,7 +79,8 @@ def _by_name(
             "dict of names",
             candidates=theirs,
         )
-    return pairs, only_a, list(known.values())
+    only_a = [fm for key, fm in by_a.items() if key not in by_b]
+    return pairs, only_a, [fm for key, fm in by_b.items() if key not in by_a]
 
 
 def _keys(maps: Sequence[FeatureMap], name: Callable[[str], str]) -> list[_Key]:
