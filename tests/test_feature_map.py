@@ -401,12 +401,9 @@ def test_phi_of_phi() -> None:
     net, x = Net().eval(), torch.randn(2, 2, 8, 8)
     model = nn.Sequential(feature_map(net, "conv1", pool="mean"), nn.Linear(6, 3), nn.ReLU())
     outer = feature_map(model, "1", kind="preactivation")
+    expected = model[1](stages(net, x)["conv1", "activation"].mean((2, 3)))
     for _ in range(3):
-        assert torch.equal(outer(x), model[1](_mean1(net, x)))
-
-
-def _mean1(net: Net, x: Tensor) -> Tensor:
-    return stages(net, x)["conv1", "activation"].mean((2, 3))
+        assert torch.equal(outer(x), expected)
 
 
 def test_a_hook_of_the_model_that_calls_phi_again_makes_a_layer_run_twice() -> None:

@@ -175,14 +175,19 @@ def test_without_numba_nothing_is_said(anew: pytest.MonkeyPatch) -> None:
     assert _of_map._fused() is None
 
 
-def test_a_numba_that_cannot_be_imported_is_named_once(anew: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
-    anew.setitem(sys.modules, "fmapkit.analysis._fused", None)
+def assert_named_once(reason: str) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert [mean_of(Statistics(), X) for _ in range(2)] == [[2, 4]] * 2
-    reason = "ModuleNotFoundError: import of fmapkit.analysis._fused halted; None in sys.modules"
     assert [(w.category, str(w.message)) for w in told] == [(CaptureWarning, SAID.format(reason))]
+
+
+def test_a_numba_that_cannot_be_imported_is_named_once(anew: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    anew.setitem(sys.modules, "fmapkit.analysis._fused", None)
+    assert_named_once(
+        "ModuleNotFoundError: import of fmapkit.analysis._fused halted; None in sys.modules"
+    )
 
 
 def test_a_numba_that_cannot_compile_is_named_once(
@@ -192,8 +197,4 @@ def test_a_numba_that_cannot_compile_is_named_once(
         raise RuntimeError("LLVM ERROR: out of memory\nmore")
 
     anew.setattr(fused, "_across", fails)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        assert [mean_of(Statistics(), X) for _ in range(2)] == [[2, 4]] * 2
-    reason = "RuntimeError: LLVM ERROR: out of memory"
-    assert [(w.category, str(w.message)) for w in told] == [(CaptureWarning, SAID.format(reason))]
+    assert_named_once("RuntimeError: LLVM ERROR: out of memory")
