@@ -93,9 +93,11 @@ def plot_patches(
     for place, (filter, its) in enumerate(shown.items()):
         row = place if below is None else 2 * place
         for i, patch in enumerate(its):
-            _show(axes[row, i], _framed(pixels(patch.pixels, mean, std), patch, size), filter, i)
+            _show(axes[row, i], _framed(pixels(patch.pixels, mean, std), patch, size))
             if below is not None:
                 _show(axes[row + 1, i], _framed(_projected(below[filter][i], patch), patch, size))
+        if its:
+            axes[row, 0].set_ylabel(str(filter), rotation=0, ha="right", va="center")
     note = f" ({more} more filters are not drawn)" if more else ""
     figure.suptitle(
         title or f"{layer or 'the model'}: the inputs that excite each filter most{note}"
@@ -134,11 +136,9 @@ def _projected(image: Tensor, patch: DrawnPatch) -> Array:
     return pixels(part / (2 * reach or 1.0) + 0.5)
 
 
-def _show(ax: Any, image: Array, filter: int | None = None, place: int = 0) -> None:
+def _show(ax: Any, image: Array) -> None:
     ax.set_axis_on()
     grey = image.ndim == 2 and image.size and image.min() >= 0 and image.max() <= 1
     scale: dict[str, float] = {"vmin": 0.0, "vmax": 1.0} if grey else {}
     ax.imshow(image, cmap="gray", interpolation="nearest", **scale)
     blank(ax)
-    if filter is not None and place == 0:
-        ax.set_ylabel(str(filter), rotation=0, ha="right", va="center")
