@@ -62,15 +62,6 @@ def rows(features: Tensor) -> Tensor:
     return features.flatten(1) if features.dim() > 1 else features[:, None]
 
 
-def taken(inputs: Any, places: Any) -> Any:
-    """Some samples of inputs as `run` takes them: of each tensor along its first axis."""
-    if isinstance(inputs, Mapping):
-        return {key: taken(value, places) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(taken(value, places) for value in inputs)
-    return inputs[places] if isinstance(inputs, Tensor) and inputs.dim() else inputs
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for a while; each of its modules gets its own mode back."""

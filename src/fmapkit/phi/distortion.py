@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import axes_by_layer, gathered, taken
+from fmapkit.model import changed, tensors_in
+from fmapkit.phi._features import axes_by_layer, gathered
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -185,8 +186,12 @@ def kept(
     apart = given > 0
     if not apart.any():
         raise ArgumentError("all inputs are at distance 0: there is no pair to compare")
-    starts = range(0, count, batch_size)
-    features = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
+
+    def batch(start: int) -> Any:
+        some = slice(start, start + batch_size)
+        return changed(inputs, lambda v: v[some] if isinstance(v, Tensor) and v.dim() else v)
+
+    features = gathered(phi, map(batch, range(0, count, batch_size)))
     for name, x in features.items():
         if len(x) != count:
             raise ArgumentError(
@@ -197,11 +202,7 @@ def kept(
 
 
 def _samples(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        tensors = [inputs]
-    else:
-        values = inputs.values() if isinstance(inputs, dict) else inputs
-        tensors = [t for t in values if isinstance(t, Tensor) and t.dim()]
+    tensors = [t for t in tensors_in(inputs) if t.dim()]
     counts = {len(t) for t in tensors}
     if len(counts) != 1 or counts.pop() < 2:
         raise ArgumentError("inputs must be tensors with two samples or more, all with as many")
