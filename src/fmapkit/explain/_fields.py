@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from fmapkit.errors import ArgumentError
-from fmapkit.torchlib.operators import is_traceable_wrapper_subclass, tree_leaves
+from fmapkit.model import tensors_in
+from fmapkit.torchlib.operators import is_traceable_wrapper_subclass
 
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
 
@@ -212,7 +213,7 @@ class Call:
 
     @property
     def operands(self) -> list[Tensor]:
-        return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
+        return tensors_in(self.given)
 
 
 def written(function: Any, given: dict[str, Any]) -> list[Tensor]:
@@ -226,8 +227,7 @@ def written(function: Any, given: dict[str, Any]) -> list[Tensor]:
 
 def tensors_of(*values: Any) -> list[Tensor]:
     """Every tensor in some values, once."""
-    found = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-    return list({id(t): t for t in found}.values())
+    return list({id(t): t for t in tensors_in(values)}.values())
 
 
 Rule = Callable[[Call], Sequence[Tensor | None]]

@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._fields import Call, Fields, reaches, tensors_of, written
 from fmapkit.explain._rules import rule_for
+from fmapkit.model import tensors_in
 from fmapkit.torchlib.operators import (
     TorchDispatchMode,
     is_composite,
-    tree_leaves,
     tree_map,
     without_torch_function,
 )
@@ -44,7 +44,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        operands = tensors_in((args, kwargs))
         fields = {id(t): f for t in operands if (f := self.fields.of(t)) is not None}
         if not fields:
             return func(*args, **kwargs)

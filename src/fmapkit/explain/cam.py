@@ -13,9 +13,8 @@ from fmapkit.errors import ArgumentError
 from fmapkit.explain._locations import has_samples, input_axes, map_axes, no_locations
 from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor
 from fmapkit.kinds import Kind
-from fmapkit.model import run
+from fmapkit.model import run, tensors_in
 from fmapkit.readable import tags
-from fmapkit.torchlib.operators import tree_leaves
 
 Target = int | Tensor | Callable[[Any], Tensor]
 
@@ -111,8 +110,7 @@ def _score(output: Any, target: Target) -> Tensor:
                 f"target= must give a number, or one for each sample, as a tensor, not {found}"
             )
         return score.sum()
-    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
-    logits = next((t for t in leaves if isinstance(t, Tensor)), None)
+    logits = next(iter(tensors_in(output)), None)
     if logits is None or logits.dim() == 0 or not logits.is_floating_point():
         raise ArgumentError(
             f"the model returned {type(output).__name__}, in which no class can be chosen: give "
