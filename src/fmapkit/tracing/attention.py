@@ -8,7 +8,6 @@ query's filters lie along two axes, heads and what is in a head, and the product
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.torchlib.transforms import is_shapeless, wrapped
 from fmapkit.tracing.events import Event
+from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.pass_trace import PassTrace
 
 FUSED = words(
@@ -72,16 +72,15 @@ class AttentionWatch:
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace
         self._merged: int | None = None  # heads that lie along the first axis, with samples
-        # Tensors, by id: what they are made of, and along which axis that lies.
-        self._heads: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]] = {}
-        self._keys: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]] = {}
+        # What tensors are made of, and along which axis that lies.
+        self._heads, self._keys = LabelTable(trace.names), LabelTable(trace.names)
         self._softmaxes: dict[Origin, _Softmax] = {}
         self._made: dict[Origin, _Made] = {}  # queries and keys of scores
 
     def end(self) -> None:
         """Let go of all that could keep a tensor alive."""
-        self._heads.clear()
-        self._keys.clear()
+        self._heads.end()
+        self._keys.end()
         self._softmaxes.clear()
 
     @contextmanager
@@ -107,7 +106,7 @@ class AttentionWatch:
         elif name in MATMULS or name == "einsum":
             self._product(name, call.operands, call.args, out)
         else:
-            for table in filter(None, (self._heads, self._keys)):
+            for table in (self._heads, self._keys):
                 self._follow(table, call)
 
     def _name(self) -> str:
@@ -115,18 +114,12 @@ class AttentionWatch:
 
     # -- what goes on -------------------------------------------------------------------------
 
-    def _find(
-        self, table: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]], x: Any
-    ) -> ChannelLabel | None:
-        found = table.get(id(x))
-        return found[1] if found is not None and found[0]() is x else None
-
-    def _follow(self, table: Any, call: FunctionCall) -> None:
-        if not any(self._find(table, x) for x in call.operands):
+    def _follow(self, table: LabelTable, call: FunctionCall) -> None:
+        if not any(map(table.flow, call.operands)):
             return
-        found = carried(call, lambda x: self._find(table, x))
+        found = carried(call, table.flow)
         if isinstance(found, ChannelLabel) and found.axes is not None and found.axes.parts:
-            table[id(call.out)] = weakref.ref(call.out), found
+            table.put(call.out, found)
             known = self._softmaxes.get(found.origin)
             if known is not None:
                 known.modules.update(f.module for f in self._trace.frames)
@@ -141,7 +134,7 @@ class AttentionWatch:
         ):
             return
         for x, other in ((a, b), (b, a)):
-            flow = self._find(self._keys, x)
+            flow = self._keys.flow(x)
             if flow is None or flow.axes is None or flow.axes.dim is None:
                 continue
             if flow.axes.dim == _summed(name, x, a, args):
@@ -152,7 +145,7 @@ class AttentionWatch:
             dim = _place_in_product(name, heads.dim, a, args, out)
             if dim is not None and out.shape[dim] == heads.size:
                 origin, axes = Origin("heads"), ChannelLayout.single(dim, heads.size)
-                self._heads[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
+                self._heads.put(out, ChannelLabel(origin, axes))
                 keys = projection(self._trace.labels.of(b), b.shape)
                 self._made[origin] = projection(tag, a.shape), keys
 
@@ -161,7 +154,7 @@ class AttentionWatch:
         if not isinstance(dim, int) or out.dim() < 2:
             return
         trace = self._trace
-        flow = self._find(self._heads, scores)
+        flow = self._heads.flow(scores)
         heads = flow.axes if flow is not None and flow.axes and flow.axes.fit(out.shape) else None
         made = self._made[flow.origin] if flow is not None else (None, None)
         if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
@@ -170,7 +163,7 @@ class AttentionWatch:
         held = trace.record.aliases.reference(out)
         self._softmaxes[origin] = _Softmax(held, heads, made, running)
         axes = ChannelLayout.single(dim % out.dim(), out.shape[dim])
-        self._keys[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
+        self._keys.put(out, ChannelLabel(origin, axes))
 
     def _confirm(self, known: _Softmax, values: Tensor) -> None:
         """It weighs other data: these are attention probabilities."""
