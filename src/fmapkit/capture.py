@@ -38,7 +38,7 @@ from fmapkit.session import (
     request_of,
     resting_session,
 )
-from fmapkit.storage import Budget, StorageConversion, policy
+from fmapkit.storage import StorageConversion, given_budget
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 __all__ = ["capture"]
@@ -162,11 +162,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
                 "in it; convert them in the loss instead"
             )
-        if policy(when_full) != "error" and max_bytes is None:
-            raise ArgumentError(
-                f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
-            )
-        budget = None if max_bytes is None else Budget(max_bytes, when_full)
+        budget = given_budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
         if edit or stop or gradients:

@@ -9,7 +9,7 @@ PassStore            passes.py  the passes that are kept, their records, a budge
 
 from fmapkit.storage.aliases import Aliases as Aliases
 from fmapkit.storage.budget import Budget as Budget
-from fmapkit.storage.budget import policy as policy
+from fmapkit.storage.budget import given_budget as given_budget
 from fmapkit.storage.conversion import Place as Place
 from fmapkit.storage.conversion import StorageConversion as StorageConversion
 from fmapkit.storage.gradients import Gradient as Gradient
