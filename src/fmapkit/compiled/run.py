@@ -26,53 +26,32 @@ from fmapkit.tracing import LabelTable, Tracer, running_modules
 
 
 class CompiledCapture(Protocol):
-    """A capture that answers the calls of compiled modules, as their code knows it."""
+    """A capture that answers the calls of compiled modules, as their code knows it.
+
+    `session/compiled_calls.py` has the one that there is, and says what each of these is.
+    """
 
     @property
-    def names(self) -> Names:
-        """Of the model's modules."""
-
+    def names(self) -> Names: ...
     @property
-    def wants(self) -> Selection:
-        """Which maps to hold, and how."""
-
+    def wants(self) -> Selection: ...
     @property
-    def structure(self) -> object:
-        """Another object once the model has other modules than it had."""
-
-    def miss(self, layer: str, why: str) -> None:
-        """Name what ran and was not captured."""
-
+    def structure(self) -> object: ...
     @property
-    def thread(self) -> int:
-        """The one whose passes are captured."""
-
+    def thread(self) -> int: ...
     @property
-    def idle(self) -> bool:
-        """Whether the model runs a pass that is not captured."""
+    def idle(self) -> bool: ...
 
-    def leave_alone(self, root: nn.Module) -> None:
-        """An entry is set at a compiled module: no hook of ours may be inside."""
-
-    def without_hooks(self, module: nn.Module) -> Off:
-        """Take the capture's hooks off a module until they are put back."""
-
+    def miss(self, layer: str, why: str) -> None: ...
+    def leave_alone(self, root: nn.Module) -> None: ...
+    def without_hooks(self, module: nn.Module) -> Off: ...
     def begin_call(
         self, root: nn.Module, module: nn.Module, args: Any, kwargs: Any
-    ) -> GraphMapSink | None:
-        """A call of compiled code begins, of a plain module; None if it is not captured."""
-
-    def skip(self, root: nn.Module) -> None:
-        """The call is captured by nobody."""
-
-    def unread(self, root: nn.Module, why: str) -> None:
-        """The call runs as the user compiled it, and nobody can look into it."""
-
-    def fail(self, sink: GraphMapSink) -> None:
-        """It raised; the model around it may catch that and go on."""
-
-    def end_call(self, sink: GraphMapSink, output: Any) -> None:
-        """A call of compiled code has ended."""
+    ) -> GraphMapSink | None: ...
+    def skip(self, root: nn.Module) -> None: ...
+    def unread(self, root: nn.Module, why: str) -> None: ...
+    def fail(self, sink: GraphMapSink) -> None: ...
+    def end_call(self, sink: GraphMapSink, output: Any) -> None: ...
 
 
 class TracedPass(Protocol):
