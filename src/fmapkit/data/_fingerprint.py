@@ -58,9 +58,7 @@ def _checksum(tensor: Tensor) -> int:
         flat = torch.view_as_real(flat).reshape(-1)
     flat = flat.view(torch.uint8)
     words = len(flat) // 8 * 8
-    whole = flat[:words].view(torch.int64) if flat.storage_offset() % 8 == 0 else None
-    if whole is None:
-        whole = flat[:words].clone().view(torch.int64)
+    whole = (flat.clone() if flat.storage_offset() % 8 else flat)[:words].view(torch.int64)
     rest = flat[words:].to(torch.int64)
     most = max(8, min(_PIECE, len(whole)))
     places = 2 * torch.arange(most, device=flat.device) + 1

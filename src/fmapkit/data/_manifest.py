@@ -33,11 +33,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def stored_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type in which values of a torch type are stored."""
-    return np.dtype(_AS_BITS.get(name, name))
-
-
 def as_stored(values: torch.Tensor) -> np.ndarray[Any, Any]:
     """The memory of a tensor on the CPU, as NumPy has it: of a type that it lacks, the bits."""
     bits = _AS_BITS.get(str(values.dtype).removeprefix("torch."))
@@ -94,8 +89,8 @@ class ArraySpec:
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """The type in which it is stored."""
-        return stored_dtype(self.dtype)
+        """The NumPy type in which it is stored."""
+        return np.dtype(_AS_BITS.get(self.dtype, self.dtype))
 
     @property
     def row_bytes(self) -> int:

@@ -74,15 +74,15 @@ def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int]:
         values: Sequence[Any] = [*args[1:], *kwargs.values()]
         a, b = (int(v) % n for v in values[:2])
         order[a], order[b] = order[b], order[a]
-    elif name in ("permute",):
+    elif name == "permute":
         values = kwargs.get("dims", args[1:])
         if len(values) == 1 and isinstance(values[0], (tuple, list)):
             values = values[0]
         order = [int(v) % n for v in values]
-    elif name in ("t", "__get__.T", "__get__.mT", "__get__.H", "__get__.mH", "adjoint"):
-        if name in ("__get__.T",):
-            order.reverse()
-        elif n >= 2:
+    elif name == "__get__.T":
+        order.reverse()
+    elif name in ("t", "__get__.mT", "__get__.H", "__get__.mH", "adjoint"):
+        if n >= 2:
             order[-1], order[-2] = order[-2], order[-1]
     else:  # movedim, moveaxis
         values = [*args[1:], *kwargs.values()]

@@ -219,10 +219,6 @@ class Selection:
         """What was asked for of a layer: None, or its filters (empty for all of them)."""
         return (self._chosen(name) or ()) if self.layer(name) else None
 
-    def output(self, module: nn.Module) -> bool:
-        """Whether what this module returns was asked for."""
-        return module in self.outputs
-
     def asked(self, kind: str, layer: str) -> bool:
         """Whether such a map was asked for, and is not held to be looked at alone."""
         if not self.checks:

@@ -5,7 +5,6 @@ Pure: asked when a module's call begins, and answered when it ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -21,11 +20,10 @@ from fmapkit.nonlinearities import (
     runs_torchs_forward,
 )
 from fmapkit.provenance import describe
-from fmapkit.storage import Aliases
 from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame
+from fmapkit.tracing.record import Record
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TORCHS = "torch.nn.modules."
@@ -90,8 +88,8 @@ def is_whole(module: nn.Module) -> bool:
     return not module._modules and all(p.dim() <= 1 for p in module.parameters())
 
 
-def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
-    """The name of σ if a call of a module is one nonlinearity, given the events of the pass."""
+def verdict(frame: Frame, output: Any, record: Record) -> str | None:
+    """The name of σ if a call of a module is one nonlinearity, given what the pass has shown."""
     if not isinstance(output, Tensor) or frame.x is None:
         return None
     if frame.kind == "sigma":
@@ -103,13 +101,13 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
         return None
     if not frame.degrees.is_nonlinear(output):
         return None
-    inner = [e for e in events[frame.start :] if e.kind == "sigma"]
+    inner = [e for e in record.events[frame.start :] if e.kind == "sigma"]
     # A function that is a nonlinearity in some of its calls has no σ of its own: it is a part.
     if len(inner) == 1 and (inner[0].function is None or describe(inner[0].function).sigma):
         event = inner[0]
         # A wrapper around one function or module is no nonlinearity of its own.
         same = event.x_held is frame.x_held or event.x is frame.x
-        if same and event.y_held is aliases.reference(output):
+        if same and event.y_held is record.aliases.reference(output):
             return None
     return name_by_hand(frame.module)
 

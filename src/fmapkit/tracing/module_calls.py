@@ -132,11 +132,6 @@ class ModuleCalls:
                     entry.edited = held.get(path)
         return replaced
 
-    def verdict(self, frame: Frame, output: Any) -> str | None:
-        """The name of σ if this call of a module is one nonlinearity."""
-        record = self._trace.record
-        return verdict(frame, output, record.events, record.aliases)
-
     def close(self, frame: Frame, output: Any) -> Any:
         """Make the module's call an event, if it is one; what it is to return, if edited."""
         record, labels = self._trace.record, self._trace.labels
@@ -144,7 +139,7 @@ class ModuleCalls:
             record.drop_since(frame.start)
             return self._close_layer(frame, output) if isinstance(output, Tensor) else None
         if frame.kind != "plain":
-            sigma = self.verdict(frame, output)
+            sigma = verdict(frame, output, record)
             if sigma is not None:
                 record.drop_since(frame.start)
                 return self._close_sigma(frame, output, sigma)

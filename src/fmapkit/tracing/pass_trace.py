@@ -192,7 +192,7 @@ class PassTrace:
             name = self.names.by_module.get(module)
             if name is None:
                 continue
-            if self.wants.output(module):
+            if module in self.wants.outputs:
                 self.record.miss(name, Reason.PAST_HOOKS_OUTPUT.text(how=HOW[method]))
             elif is_whole(module):
                 self.record.miss(name, Reason.PAST_HOOKS_WHOLE.text(how=HOW[method]))

@@ -60,6 +60,7 @@ from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
+from fmapkit.tracing.candidates import verdict
 from fmapkit.tracing.data_reads import DataReads
 from fmapkit.tracing.events import HookPoint
 from fmapkit.tracing.frames import Frame, SigmaCall
@@ -340,4 +341,5 @@ def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
         trial = tracer.modules.enter(module, args, kwargs)
         with torch._C._EnableTorchFunction(), tracer:
             output = module(*args, **kwargs)
-        return tracer.modules.verdict(trial, output) is not None, version_of(given) != 0
+        is_sigma = verdict(trial, output, tracer.trace.record) is not None
+        return is_sigma, version_of(given) != 0
