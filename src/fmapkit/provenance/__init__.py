@@ -21,7 +21,6 @@ from fmapkit.provenance.conditional_sigma import Linearity as Linearity
 from fmapkit.provenance.conditional_sigma import Pointwise as Pointwise
 from fmapkit.provenance.conditional_sigma import chooses_unseen as chooses_unseen
 from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_sigma
-from fmapkit.provenance.constants import Constants as Constants
 from fmapkit.provenance.functions import ON_LISTS as ON_LISTS
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
