@@ -6,9 +6,8 @@ from fmapkit._lazy import lazy
 
 if TYPE_CHECKING:
     from fmapkit.data._arrays import FeatureArray, StoredArray
-    from fmapkit.data.extraction import extract
+    from fmapkit.data.extraction import extract, stream
     from fmapkit.data.features import Features
-    from fmapkit.data.live import stream
     from fmapkit.data.loader import RowLoader
 
 __all__ = ["FeatureArray", "Features", "RowLoader", "StoredArray", "extract", "stream"]
@@ -16,9 +15,8 @@ __all__ = ["FeatureArray", "Features", "RowLoader", "StoredArray", "extract", "s
 # Imported when asked for: each needs what the others do not.
 _HOMES = {
     "_arrays": "FeatureArray StoredArray",
-    "extraction": "extract",
+    "extraction": "extract stream",
     "features": "Features",
-    "live": "stream",
     "loader": "RowLoader",
 }
 
