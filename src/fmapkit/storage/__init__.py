@@ -1,6 +1,6 @@
 """What is held of a tensor, and for how long: references, copies, conversion, passes, a budget.
 
-PassStore            passes.py  the passes that are kept, their records, a budget (budget.py)
+PassStore            passes.py  the passes that are kept, their records, a budget
   StoredTensor       held.py        alias or copy; whether it was written to since
     Aliases          aliases.py     what has to be copied before a write
   StorageConversion  conversion.py  filters=, dtype=, device= -> buffers.py, offload.py
@@ -8,8 +8,6 @@ PassStore            passes.py  the passes that are kept, their records, a budge
 """
 
 from fmapkit.storage.aliases import Aliases as Aliases
-from fmapkit.storage.budget import Budget as Budget
-from fmapkit.storage.budget import given_budget as given_budget
 from fmapkit.storage.conversion import Place as Place
 from fmapkit.storage.conversion import StorageConversion as StorageConversion
 from fmapkit.storage.gradients import Gradient as Gradient
@@ -23,7 +21,9 @@ from fmapkit.storage.held import unheld as unheld
 from fmapkit.storage.inference_tensors import has_inference_tensors as has_inference_tensors
 from fmapkit.storage.inference_tensors import settle as settle
 from fmapkit.storage.offload import Cuda as Cuda
+from fmapkit.storage.passes import Budget as Budget
 from fmapkit.storage.passes import MapRecord as MapRecord
 from fmapkit.storage.passes import Pass as Pass
 from fmapkit.storage.passes import PassStore as PassStore
+from fmapkit.storage.passes import given_budget as given_budget
 from fmapkit.storage.value_copies import ValueCopies as ValueCopies
