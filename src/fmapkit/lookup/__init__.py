@@ -1,11 +1,4 @@
-"""Look-ups: one map by its key, all that fit a selection, one of all ranks, the table of them.
-
-maps[key]      by_key.parse -> by_key.find       the record that is meant, or why there is none
-maps.select    choose.choose                    every record that fits; a name that means none
-maps.gather    gather.gather                     the batches of all ranks
-print(maps)    records.maps_table
-                 -> latest, read                 records of a `MapSource`, and the map of each
-"""
+"""Look-ups: one map by its key, all that fit a selection, one of all ranks, the table of them."""
 
 from fmapkit.lookup.by_key import find as find
 from fmapkit.lookup.by_key import parse as parse

@@ -1,10 +1,4 @@
-"""One feature map: a tensor with its tags, how it is read from a record, its line in a table.
-
-read_map(pass, record)   reading.py       the tensor as it is held, or the error that it is gone
-  -> FeatureMap          feature_map.py   what one map can do
-       repr              line.py
-unpadded(fm, mask)       unpadded.py      without the padding of sequences
-"""
+"""One feature map: a tensor with its tags, how it is read from a record, its line in a table."""
 
 from fmapkit.map.feature_map import FeatureMap as FeatureMap
 from fmapkit.map.feature_map import nbytes_of as nbytes_of

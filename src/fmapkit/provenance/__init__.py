@@ -1,14 +1,4 @@
-"""Whose filters a tensor carries, and where they lie: labels, and one rule per torch function.
-
-FunctionCall       rule_basics.py  one call of torch, as whoever decides is asked about it
-propagate          propagate.py  one call of torch: which rule, and what its results carry
-  vocabulary       vocabulary.py         what a function does to data, by name
-  layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
-  rules            rules.py, index_rules.py
-    ChannelLayout  layout.py             filters along axes, through reshapes and slices
-  sometimes        conditional_sigma.py  it is σ in some of its calls; a module, by hand
-weights            weights.py            from which rows of which parameter a map came
-"""
+"""Whose filters a tensor carries, and where they lie: labels, and one rule per torch function."""
 
 from fmapkit.provenance.attention import Heads as Heads
 from fmapkit.provenance.attention import Projection as Projection

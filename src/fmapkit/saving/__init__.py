@@ -1,9 +1,4 @@
-"""Maps without their session: copied, pickled, in a safetensors file.
-
-copy, pickle           kept.snapshot_of -> Snapshot    values and tags, as plain data
-maps.save, load        safetensors.save, load          a `Snapshot` in a file
-what is read of them   kept.KeptSession                stands in for the session: a `MapSource`
-"""
+"""Maps without their session: copied, pickled, in a safetensors file."""
 
 from fmapkit.saving.kept import KeptEntry as KeptEntry
 from fmapkit.saving.kept import KeptSession as KeptSession

@@ -1,11 +1,4 @@
-"""What is held of a tensor, and for how long: references, copies, conversion, passes, a budget.
-
-PassStore            passes.py  the passes that are kept, their records, a budget
-  StoredTensor       held.py        alias or copy; whether it was written to since
-    Aliases          aliases.py     what has to be copied before a write
-  StorageConversion  conversion.py  filters=, dtype=, device= -> buffers.py, offload.py
-  Gradient           gradients.py   what backward sends to a map
-"""
+"""What is held of a tensor, and for how long: references, copies, conversion, passes, a budget."""
 
 from fmapkit.storage.aliases import Aliases as Aliases
 from fmapkit.storage.conversion import Place as Place

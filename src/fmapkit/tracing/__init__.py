@@ -1,17 +1,4 @@
-"""Watch a pass op by op: which layer and which nonlinearity ran, and what is overwritten.
-
-Tracer                  tracer.py        each function: a σ, a layer, or any other
-  PassTrace             pass_trace.py    where the pass is: what all below share
-  a layer               layer_calls.py   whose weight it is, and where its filters lie
-  lists of tensors      list_calls.py    one call, for each element
-  σ as a function       sigma_calls.py   before it runs, and after
-  a module's call       module_calls.py  what it turns out to have been, when it ends
-    weightless modules  candidates.py    one σ, written out by hand?
-  what data decides     data_reads.py    and what inputs tell beforehand (input_reads.py)
-  attention             attention.py     which softmax weighs values
-  edits                 layer_edits.py, module_edits.py
-  Record                record.py        events, hook points (events.py), map records
-"""
+"""Watch a pass op by op: which layer and which nonlinearity ran, and what is overwritten."""
 
 from fmapkit.tracing.events import Event as Event
 from fmapkit.tracing.events import FusedCall as FusedCall
