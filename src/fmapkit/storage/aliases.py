@@ -15,17 +15,6 @@ from fmapkit.torchlib.memory import storage_of, version_of
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    __slots__ = (
-        "_by_id",
-        "_by_storage",
-        "_lent",
-        "_new",
-        "detach",
-        "gradients",
-        "writes",
-        "written",
-    )
-
     def __init__(
         self,
         detach: bool = True,

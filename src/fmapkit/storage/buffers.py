@@ -31,8 +31,6 @@ class _Lent(weakref.ref[Tensor]):
 class _Form:
     """Buffers of one form that are with nobody, and who asked for such."""
 
-    __slots__ = ("asked", "back", "comes_back", "latest")
-
     def __init__(self, now: int) -> None:
         self.back: list[Tensor] = []
         self.latest = now  # the last pass that asked for any

@@ -50,11 +50,6 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    __slots__ = (
-        *("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training"),
-        *("buffers", "ids", "mask", "weights"),
-    )
-
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
         # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.

@@ -130,8 +130,6 @@ class HookPoints(list[HookPoint]):
         asking: who has called it.
     """
 
-    __slots__ = ("asking", "clock", "site_of")
-
     def __init__(self) -> None:
         super().__init__()
         self.clock: Callable[[], int] = int

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 class LabelTable:
     """The tags of one pass; they keep no tensor alive."""
 
-    __slots__ = ("_known", "_names", "_whole")
-
     def __init__(self, names: Names) -> None:
         self._names = names
         self._whole: dict[int, ParamLabel] = {}  # of parameters, as they are
