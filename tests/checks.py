@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fmapkit import CaptureWarning, capture
 from fmapkit.missed import Reason
@@ -23,6 +24,24 @@ needs_compiled = pytest.mark.skipif(
 )
 
 Tag = tuple[str, int, str, range | None]
+
+
+class Residual(nn.Module):
+    """conv1 - bn1 - relu_ - conv2, what it was given added in place, a functional σ - fc."""
+
+    def __init__(self, width: int = 4, out: int = 2, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.fc = nn.Linear(width, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.conv2(x)
+        y += x
+        return self.fc(F.relu(y).mean((2, 3)))
 
 
 def strayed(maps: Any) -> bool:

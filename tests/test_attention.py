@@ -149,22 +149,17 @@ class Fused(nn.Module):
         self.q, self.k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, self.groups * size)
         self.v, self.proj = nn.Linear(WIDTH, self.groups * size), nn.Linear(WIDTH, WIDTH)
 
+    def heads(self, x: Tensor) -> Any:
+        pairs = (self.q, HEADS), (self.k, self.groups), (self.v, self.groups)
+        return [p(x).view(*x.shape[:2], h, -1).transpose(1, 2) for p, h in pairs]
+
     def forward(self, x: Tensor) -> Tensor:
-        n, t, _ = x.shape
-        q, k, v = (
-            p(x).view(n, t, h, -1).transpose(1, 2)
-            for p, h in ((self.q, HEADS), (self.k, self.groups), (self.v, self.groups))
-        )
-        out = F.scaled_dot_product_attention(q, k, v, **self.options)
-        return self.proj(out.transpose(1, 2).reshape(n, t, -1))
+        out = F.scaled_dot_product_attention(*self.heads(x), **self.options)
+        return self.proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
     def truth(self, x: Tensor) -> Tensor:
         """torch's own reference, which returns the probabilities."""
-        n, t, _ = x.shape
-        q, k, v = (
-            p(x).view(n, t, h, -1).transpose(1, 2)
-            for p, h in ((self.q, HEADS), (self.k, self.groups), (self.v, self.groups))
-        )
+        q, k, v = self.heads(x)
         given = {k: v for k, v in self.options.items() if k != "dropout_p"}
         mask = given.get("attn_mask")
         if mask is not None and mask.dtype is torch.bool:  # which it would add as it is

@@ -32,26 +32,9 @@ from fmapkit import (
     compare,
 )
 from fmapkit.comparing import Comparison, Difference
+from tests.checks import Residual as Net
 from tests.checks import needs_compiled
 from tests.truth import seed
-
-
-class Net(nn.Module):
-    """conv1 - bn1 - relu - conv2 + x - relu - fc; the residual sum written in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        y = self.conv2(x)
-        y += x
-        return self.fc(F.relu(y).mean((2, 3)))
 
 
 class Renamed(nn.Module):

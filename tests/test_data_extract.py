@@ -37,19 +37,15 @@ from fmapkit.analysis import Statistics
 zarr = pytest.importorskip("zarr", minversion="3.1.4")
 
 from fmapkit.data import Features, extract  # noqa: E402
+from tests.checks import Residual  # noqa: E402
 from tests.truth import assert_nothing_left, fingerprint  # noqa: E402
 
 
-class Net(nn.Module):
+class Net(Residual):
     """In-place, functional and residual: a hook's reference would be wrong."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
-        self.fc = nn.Linear(6, 4)
+        super().__init__(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

@@ -119,9 +119,7 @@ def same_as_hooks(
             for net, out in ((hand, expected), (model, got)):
                 net.zero_grad()
                 out.square().sum().backward()
-            for p, q in zip(hand.parameters(), model.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None)
-                assert p.grad is None or torch.equal(p.grad, q.grad)
+            truth.assert_same_gradients(hand, model)
             for p, q in zip(hand.buffers(), model.buffers(), strict=True):
                 assert torch.equal(p, q)
     assert maps.missed == []

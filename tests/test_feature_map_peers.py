@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import extractor, torchvision_operators
 from fmapkit import feature_map
+from tests.truth import assert_same_gradients
 
 
 def _imported(name: str) -> Any:
@@ -54,9 +55,7 @@ def test_the_same_bits_as_torchvisions_extractor_gradients_too(name: str, train:
     if name in ("resnet18", "mobilenet_v3_small"):
         for found in (ours, theirs):
             sum(f.square().mean() for f in found.values()).backward()
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None)
-            assert p.grad is None or torch.equal(p.grad, q.grad)
+        assert_same_gradients(model, twin)
 
 
 def test_where_torchvisions_is_overwritten_phi_is_not() -> None:

@@ -24,7 +24,7 @@ from fmapkit.missed import Reason
 from fmapkit.session import fused_paths
 from fmapkit.torchlib.fused import kernels
 from fmapkit.torchlib.fused.looks import FusedLooks
-from tests.truth import assert_nothing_left, fingerprint
+from tests.truth import assert_nothing_left, assert_same_gradients, fingerprint
 
 WIDTH = 16
 
@@ -235,9 +235,7 @@ def test_gradients(name: str, way: str) -> None:
                     out = _call(one, x)
                     if out.requires_grad:
                         out.square().sum().backward()
-    for ours, theirs in zip(model.parameters(), bare.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None)
-        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    assert_same_gradients(model, bare)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from fmapkit import ArgumentError, MapOverwrittenError, capture
 from tests import truth
+from tests.checks import Residual
 from tests.strategies import Model, models
-from tests.truth import graph_of, same_bits
+from tests.truth import assert_same_gradients, graph_of, same_bits
 
 PASSES = 3
 Z, A, R, X, O = "preactivation", "activation", "response", "input", "output"  # noqa: E741
@@ -44,16 +45,8 @@ def pair(maps: dict[Key, Tensor], layer: str, z: Tensor, a: Tensor, call: int = 
     return a
 
 
-class Plain(nn.Module):
+class Plain(Residual):
     """Modules, one of them in place; the residual sum overwrites; a functional σ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -553,9 +546,7 @@ def test_a_gradient_of_gradients() -> None:
             true = twin[2](a).square().sum()
             (grad,) = torch.autograd.grad(true, a, create_graph=True)
             grad.square().sum().backward()
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None)
-                assert p.grad is None or torch.equal(p.grad, q.grad)
+            assert_same_gradients(model, twin)
 
 
 def test_passes_that_are_kept_have_their_own_gradients() -> None:

@@ -10,18 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
+from tests.checks import Residual
+from tests.truth import assert_same_gradients
 
 
-class Net(nn.Module):
+class Net(Residual):
     """conv → norm → in-place ReLU, a residual sum, a functional σ."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
-        self.fc = nn.Linear(4, 2)
+        super().__init__(channels=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -73,9 +70,7 @@ def test_a_loss_on_maps_trains_as_one_written_by_hand() -> None:
             maps["conv2"].tensor.abs().mean().backward()
             _, true = _by_hand(hand, x)
             true["conv2", "activation"].abs().mean().backward()
-            for mine, theirs in zip(model.parameters(), hand.parameters(), strict=True):
-                assert (mine.grad is None) == (theirs.grad is None)
-                assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+            assert_same_gradients(model, hand)
 
 
 def test_by_default_no_map_is_part_of_a_graph() -> None:

@@ -312,6 +312,20 @@ def test_pvt_and_segformer_mix_ffn() -> None:
     check(MixFFN(False), images(2, 16, 3), [("fc1", 0, "gelu", range(6))])
 
 
+def along(road: Any, sigma: Any) -> Any:
+    """Six filters on the last axis, which go along a road to σ."""
+
+    class Road(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sigma(road(self.fc(x)))
+
+    return Road()
+
+
 @pytest.mark.parametrize(
     "road",
     [
@@ -383,15 +397,7 @@ def test_reshapes_and_permutes_keep_the_filters(road: Any) -> None:
     # A linear layer on (2, 4, 4, 3): 6 filters on the last axis; wherever the road takes it, each
     # filter of the map must be that filter of the same road from the linear's output. A road that
     # cannot be followed may say so (no layer, no filters), but never a wrong number.
-    class Roads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(road(self.fc(x)))
-
-    model = Roads()
+    model = along(road, torch.tanh)
     known = road(torch.zeros(2, 4, 4, 6)).dim() and "einsum" not in str(road.__code__.co_names)
     check(model, images(2, 4, 4, 3), [("fc", 0, "tanh", range(6))] if known else None)
     with capture(model) as maps:
@@ -426,15 +432,7 @@ def test_reshapes_and_permutes_keep_the_filters(road: Any) -> None:
     ],
 )
 def test_parts_of_the_filters_are_numbered_as_in_the_layer(road: Any, filters: range) -> None:
-    class Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.silu(road(self.fc(x)))
-
-    model = Part()
+    model = along(road, F.silu)
     check(model, images(2, 4, 4, 3), [("fc", 0, "silu", filters)])
     # Independently: filter k alone, set to 100 by the bias, is the one that is large.
     for k in filters:
@@ -499,15 +497,7 @@ def test_parts_of_the_filters_are_numbered_as_in_the_layer(road: Any, filters: r
 def test_mixed_or_reordered_filters_are_never_called_by_number(road: Any) -> None:
     # Filter k of the layer, made large by its bias, must be what the map calls filter k, or else
     # the map must not number filters at all.
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(road(self.fc(x)))
-
-    model = Mixed()
+    model = along(road, torch.tanh)
     torch.manual_seed(0)
     check(model, images(2, 4, 4, 3, n=3), train=False)
     with torch.no_grad():

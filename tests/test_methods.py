@@ -78,9 +78,7 @@ def test_a_method_is_a_pass(train: bool) -> None:
             for net, out in ((hand, expected), (model, got)):
                 net.zero_grad()
                 out.square().sum().backward()
-            for p, q in zip(hand.parameters(), model.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None)
-                assert p.grad is None or torch.equal(p.grad, q.grad)
+            truth.assert_same_gradients(hand, model)
             z, a = maps["down", "preactivation"], maps["down"]
             assert z.step == a.step == step
             assert torch.equal(z.tensor, seen["z"])

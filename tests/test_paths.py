@@ -256,21 +256,24 @@ def test_a_leaf_that_squeezes_is_given_other_sizes() -> None:
             assert maps["conv"].filter_dim == int(n < 3)
 
 
+class Leaf(Unproven):
+    """Takes apart what a module of its own gives."""
+
+    def __init__(self, split: nn.Module) -> None:
+        super().__init__()
+        self.split = split
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.split(self.one(self.look(x)))
+        return torch.stack([torch.tanh(p) for p in pieces]).sum(0)
+
+
 def test_a_leaf_returns_more_tensors_than_before() -> None:
     class Split(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return F.relu(x).split(1)
 
-    class Leaf(Unproven):
-        def __init__(self) -> None:
-            super().__init__()
-            self.split = Split()
-
-        def forward(self, x: Tensor) -> Tensor:
-            pieces = self.split(self.one(self.look(x)))
-            return torch.stack([torch.tanh(p) for p in pieces]).sum(0)
-
-    hold(Leaf(), turns(*[(3, 3)] * 3, *[(2, 3)] * 2, (4, 3)))
+    hold(Leaf(Split()), turns(*[(3, 3)] * 3, *[(2, 3)] * 2, (4, 3)))
 
 
 def test_a_leaf_without_a_nonlinearity_returns_more_tensors_than_before() -> None:
@@ -278,16 +281,7 @@ def test_a_leaf_without_a_nonlinearity_returns_more_tensors_than_before() -> Non
         def forward(self, x: Tensor) -> Any:
             return x.split(1)
 
-    class Leaf(Unproven):
-        def __init__(self) -> None:
-            super().__init__()
-            self.split = Split()
-
-        def forward(self, x: Tensor) -> Tensor:
-            pieces = self.split(self.one(self.look(x)))
-            return torch.stack([torch.tanh(p) for p in pieces]).sum(0)
-
-    model = Leaf().eval()
+    model = Leaf(Split()).eval()
     bare = copy.deepcopy(model)
     with capture(model) as maps, torch.no_grad():
         for turn in turns(*[(3, 3)] * 3, *[(2, 3)] * 3):

@@ -29,6 +29,7 @@ from fmapkit import (
     capture,
 )
 from fmapkit.storage.offload import Offload
+from tests.checks import Residual
 from tests.late import Late, late
 from tests.strategies import Model, models
 from tests.truth import (
@@ -43,22 +44,9 @@ from tests.truth import (
 KINDS = ("input", "response", "preactivation", "activation")
 
 
-class Net(nn.Module):
-    """In-place σ, a residual sum in place, a functional σ."""
-
+class Net(Residual):
     def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        y = self.conv2(x)
-        y += x
-        return self.fc(F.relu(y).mean((2, 3)))
+        super().__init__(8, 4)
 
 
 def image(step: int = 0) -> Tensor:

@@ -402,6 +402,13 @@ def assert_captured_exactly_once(maps: Any, truth: Sequence[Run], order: bool = 
         raise AssertionError(f"captured out of order of execution: {got}")
 
 
+def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
+    """Each parameter has the same gradient in both, or in none of them."""
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
 def _shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
