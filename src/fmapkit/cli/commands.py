@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit import FmapkitError, __version__, capture
 from fmapkit.cli.inputs import open_data, preparation
-from fmapkit.cli.models import load, options_of
+from fmapkit.cli.models import load
 from fmapkit.errors import ArgumentError
 
 _NAMES = """\
@@ -163,20 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _model(given: argparse.Namespace) -> nn.Module:
-    return load(
-        given.name,
-        pretrained=given.pretrained,
-        weights=given.weights,
-        options=options_of(given.set),
-    )
-
-
 # -- show ---------------------------------------------------------------------------------------
 
 
 def _show(given: argparse.Namespace) -> None:
-    model = _model(given)
+    model = load(given.name, given.pretrained, given.weights, given.set)
     positional, named = _inputs(given.input, model)
     with capture(model, given.layers, kinds=given.kinds) as maps, torch.no_grad():
         model(*positional, **named)
@@ -231,10 +222,10 @@ def _extract(given: argparse.Namespace) -> None:
 
     from fmapkit.data import extract
 
-    model = _model(given)
+    model = load(given.name, given.pretrained, given.weights, given.set)
     device = _device(given.device)
     prepare = partial(preparation, given.name, model, given.image_size, given.mean, given.std)
-    data = open_data(given.data, prepare, columns=given.columns, split=given.split)
+    data = open_data(given.data, prepare, given.columns, given.split)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         print(f"{given.data}: {data.said}", file=sys.stderr)

@@ -34,11 +34,7 @@ class Data:
 
 
 def open_data(
-    place: Path,
-    prepare: Callable[[], Preparation],
-    *,
-    columns: Sequence[str] = (),
-    split: str | None = None,
+    place: Path, prepare: Callable[[], Preparation], columns: Sequence[str], split: str | None
 ) -> Data:
     """The data set at a place.
 

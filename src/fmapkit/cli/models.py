@@ -19,7 +19,7 @@ from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 FORMS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER or package.module:factory"
 
 
-def options_of(given: Sequence[str]) -> dict[str, Any]:
+def _options_of(given: Sequence[str]) -> dict[str, Any]:
     """`key=value` pairs, with values as Python literals, else as text."""
     options = {}
     for pair in given:
@@ -33,27 +33,22 @@ def options_of(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def load(
-    name: str,
-    *,
-    pretrained: bool = False,
-    weights: Path | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> nn.Module:
+def load(name: str, pretrained: bool, weights: Path | None, options: Sequence[str]) -> nn.Module:
     """The model of a name, in eval mode.
 
     Args:
         name: in one of the forms above.
         pretrained: have the package load the weights that it knows.
         weights: a file with a `state_dict` to load: of safetensors, or of `torch.save`.
-        options: for the function that makes the model.
+        options: `key=value`, for the function that makes the model.
     """
+    given = _options_of(options)
     home, colon, rest = name.partition(":")
     if not colon or not rest:
         raise ArgumentError(f"a model is named as {FORMS}, not {name!r}")
     make = _PACKAGES.get(home, _factory)
     torch.manual_seed(0)  # weights that are drawn are the same each time
-    model = make(home, rest, pretrained, dict(options or {}))
+    model = make(home, rest, pretrained, given)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r} gave {type(model).__name__}, and no torch.nn.Module")
     if weights is not None:
