@@ -120,19 +120,14 @@ def open_call(node: fx.Node, args: Any, kwargs: Any, env: dict[fx.Node, Any]) ->
 
 @dataclass(frozen=True, slots=True)
 class SigmaNode:
-    """Where in a graph a value is to be read: what a node gave, before or after another runs.
-
-    Attributes:
-        shared: an output of the model's own lies in the same memory.
-        alone: nothing that ran before it has the same memory.
-    """
+    """Where in a graph a value is to be read: what a node gave, before or after another runs."""
 
     node: fx.Node
     at: fx.Node
     before: bool
     copied: bool
-    shared: bool = False
-    alone: bool = False
+    shared: bool = False  # an output of the model's own lies in the same memory
+    alone: bool = False  # nothing that ran before it has the same memory
 
     @property
     def key(self) -> Any:

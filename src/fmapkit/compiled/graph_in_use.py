@@ -76,22 +76,14 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class _Latest:
-    """The latest run of a graph that was all of a pass.
+    """The latest run of a graph that was all of a pass."""
 
-    Attributes:
-        state: what was known of the model.
-        fixed: its weights and buffers.
-        arguments: at which places data came in that had no layer yet.
-        carried: what all that came in carried.
-        ids: of the weights and buffers.
-    """
-
-    state: Any
-    fixed: list[Any]
-    arguments: list[int]
-    carried: list[Label]
+    state: Any  # what was known of the model
+    fixed: list[Any]  # its weights and buffers
+    arguments: list[int]  # at which places data came in that had no layer yet
+    carried: list[Label]  # what all that came in carried
     labels: Labels
-    ids: frozenset[int]
+    ids: frozenset[int]  # of the weights and buffers
 
     def fits(self, tags: LabelTable, fixed: list[int], inputs: Sequence[Any]) -> bool:
         """Whether what comes in carries the same as then."""

@@ -84,25 +84,14 @@ running = Running()
 
 @dataclass(frozen=True, slots=True)
 class GraphMap(SiteMap):
-    """One map of a compiled graph.
+    """One map of a compiled graph."""
 
-    Attributes:
-        place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
-    """
-
-    place: int
+    place: int  # of its tensor among the graph's outputs; from -1 downwards, among its inputs
     copied: bool
 
 
 class Labels:
-    """What a graph's maps are, given what its inputs carry.
-
-    Attributes:
-        sources: the map that tells of each tensor to be held; maps may share one.
-        places: of these tensors, as in `GraphMap`.
-        slots: of each map, which tensor it is.
-        picking: of some map, only some filters are held.
-    """
+    """What a graph's maps are, given what its inputs carry."""
 
     def __init__(self, maps: Sequence[GraphMap], effects: Effects) -> None:
         self.maps = maps
@@ -111,9 +100,11 @@ class Labels:
         first: dict[Any, GraphMap] = {}
         for key, m in zip(keys, maps, strict=True):
             first.setdefault(key, m)
+        # The map that tells of each tensor to be held; maps may share one.
         self.sources = list(first.values())
-        self.places = [m.place for m in self.sources]
-        self.slots = list(map(list(first).index, keys))
+        self.places = [m.place for m in self.sources]  # of these tensors, as in `GraphMap`
+        self.slots = list(map(list(first).index, keys))  # of each map, which tensor it is
+        # Of some map, only some filters are held.
         self.picking = any(m.picked is not None for m in self.sources)
 
 

@@ -132,11 +132,6 @@ class RequestedEdits:
     Args:
         given: a `Where`, or (layer, kind, filters) as far as it is to be said -> a function.
 
-    Attributes:
-        raised: by an edit; no fault of ours.
-        runs: how often a map was given to an edit.
-        running: a function of the user's runs; the modules that it calls are none of the pass.
-        broken_off: a call in the pass was, by what is no `Exception`, and the pass went on.
 
     Raises:
         ArgumentError: a key or a function is of no allowed form.
@@ -148,9 +143,11 @@ class RequestedEdits:
             raise ArgumentError(f"edit must be a dict of layer -> function, not {given!r}")
         self._names = names
         self._all = [_Edit(key, function, names) for key, function in (given or {}).items()]
-        self.raised: BaseException | None = None
-        self.runs = 0
+        self.raised: BaseException | None = None  # by an edit; no fault of ours
+        self.runs = 0  # how often a map was given to an edit
+        # A function of the user's runs; the modules that it calls are none of the pass.
         self.running = False
+        # A call in the pass was, by what is no `Exception`, and the pass went on.
         self.broken_off = False
         self._grads = False
 

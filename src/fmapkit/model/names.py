@@ -34,28 +34,17 @@ _PARAMETRIZED = "parametrizations."
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A weight that a function uses: all that tells whose it is.
+    """A weight that a function uses: all that tells whose it is."""
 
-    Attributes:
-        weight: the parameter that it is, or is made of; itself if there is none.
-        picked: which of the weights that are stacked in the parameter it is: `[3]`.
-        stack: the running modules, outermost first.
-        is_module: the innermost is a layer.
-        scope: the innermost that is registered.
-        made: it was made from nothing in this pass.
-        source: of a weight that data made, the layer that did; else None.
-        turn: how many such weights the function was given before in this call of the module.
-    """
-
-    weight: Tensor
-    picked: str
-    stack: Sequence[nn.Module]
-    is_module: bool
-    scope: nn.Module
+    weight: Tensor  # the parameter that it is, or is made of; itself if there is none
+    picked: str  # which of the weights that are stacked in the parameter it is: `[3]`
+    stack: Sequence[nn.Module]  # the running modules, outermost first
+    is_module: bool  # the innermost is a layer
+    scope: nn.Module  # the innermost that is registered
     function: str
-    made: bool
-    source: str | None
-    turn: int
+    made: bool  # it was made from nothing in this pass
+    source: str | None  # of a weight that data made, the layer that did; else None
+    turn: int  # how many such weights the function was given before in this call of the module
 
 
 class Names:

@@ -27,17 +27,11 @@ _OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "forward"}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a tensor or a module is.
+    """Where a tensor or a module is."""
 
-    Attributes:
-        path: how Python gets at it from the model; of a module's own tensor, at the module.
-        module: the module that has the tensor registered; None if none has.
-        key: what it is called there.
-    """
-
-    path: str
-    module: nn.Module | None = None
-    key: str = ""
+    path: str  # how Python gets at it from the model; of a module's own tensor, at the module
+    module: nn.Module | None = None  # the module that has the tensor registered; None if none has
+    key: str = ""  # what it is called there
 
 
 class UnregisteredLayers:

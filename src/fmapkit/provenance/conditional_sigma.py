@@ -53,17 +53,12 @@ _FAR = 256  # how many values an operand is looked for in
 
 @dataclass(slots=True, eq=False)
 class _Value:
-    """A tensor, by what it is computed from.
+    """A tensor, by what it is computed from."""
 
-    Attributes:
-        of: the values it is computed from, point by point; none if it came from elsewhere.
-        mask: it says where a comparison holds.
-        zero: it is nothing but zeros; of a mask: something was compared with zero.
-    """
-
+    # The values it is computed from, point by point; none if it came from elsewhere.
     of: tuple[_Value, ...] = ()
-    mask: bool = False
-    zero: bool = False
+    mask: bool = False  # it says where a comparison holds
+    zero: bool = False  # it is nothing but zeros; of a mask: something was compared with zero
 
     def depends_on(self, other: _Value) -> bool:
         """Whether it is the other one, or computed from that alone."""
@@ -87,16 +82,13 @@ class _Value:
 
 
 class Pointwise:
-    """The values of one running module that are computed from one another point by point.
-
-    Attributes:
-        asked: tensors of one number that were asked whether they are zero, since somebody looked.
-    """
+    """The values of one running module that are computed from one another point by point."""
 
     __slots__ = ("_known", "asked")
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, _Value]] = {}
+        # Tensors of one number that were asked whether they are zero, since somebody looked.
         self.asked: list[Tensor] = []
 
     def value(self, tensor: Tensor, written: int = 0) -> _Value:
@@ -244,17 +236,13 @@ _LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 
 
 class Linearity:
-    """How the tensors in one call of a module depend on its input.
-
-    Attributes:
-        reduces: some function inside took a mean, a sum or the like.
-    """
+    """How the tensors in one call of a module depend on its input."""
 
     __slots__ = ("_known", "reduces")
 
     def __init__(self, x: Tensor) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.reduces = False
+        self.reduces = False  # some function inside took a mean, a sum or the like
         self.enter(x)
 
     def enter(self, x: Tensor) -> None:

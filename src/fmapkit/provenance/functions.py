@@ -32,47 +32,27 @@ from fmapkit.torchlib.operators import mutated, namespace_of, operators_of
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """One torch function, as the tracer sees it.
+    """One torch function, as the tracer sees it."""
 
-    Attributes:
-        name: without module, overload and the "_" of an in-place form.
-        sigma: the nonlinearity it is, if it is one.
-        in_place: it always writes to its first argument.
-        inplace_at: place of its `inplace` parameter, if it has one.
-        never_writes: no argument but `out` can make it write.
-        silent: it returns no data (`shape`, `size`, …).
-        reads: tells of a call whether it lets data become a number of Python's, or a size; None if
-            none does.
-        packed: it is a quantised layer.
-        fused: it is a quantised function with a nonlinearity inside.
-        opened: the same function with its inside visible, for functions made of others.
-        indexed: such a call lets data decide only by a tensor beside its first argument.
-        sometimes: it is a nonlinearity in some of its calls.
-        passive: nothing has to be done before it runs, unless it is given `out`.
-        weighs: in which form it takes its weight; empty where no call of it is a layer.
-        followed: what it computes point by point is followed inside a module.
-        fresh: it makes a tensor from nothing.
-        on_lists: it stands for as many calls as there are tensors in a list.
-        mutates: arguments that an operator writes to by what it says itself, of no such name.
-    """
-
-    name: str
-    sigma: str | None
-    in_place: bool
-    inplace_at: int | None
-    silent: bool
-    never_writes: bool
-    packed: bool
-    fused: bool
-    opened: Any = None
+    name: str  # without module, overload and the "_" of an in-place form
+    sigma: str | None  # the nonlinearity it is, if it is one
+    in_place: bool  # it always writes to its first argument
+    inplace_at: int | None  # place of its `inplace` parameter, if it has one
+    silent: bool  # it returns no data (`shape`, `size`, …)
+    never_writes: bool  # no argument but `out` can make it write
+    packed: bool  # it is a quantised layer
+    fused: bool  # it is a quantised function with a nonlinearity inside
+    opened: Any = None  # the same function with its inside visible, for functions made of others
+    # Tells of a call whether it lets data become a number of Python's, or a size; None: none does.
     reads: Callable[[Any, Any], bool] | None = None
-    indexed: bool = False
-    sometimes: bool = False
-    passive: bool = False
-    weighs: str = ""
-    followed: bool = False
-    fresh: bool = False
-    on_lists: bool = False
+    indexed: bool = False  # such a call lets data decide only by a tensor beside its first argument
+    sometimes: bool = False  # it is a nonlinearity in some of its calls
+    passive: bool = False  # nothing has to be done before it runs, unless it is given `out`
+    weighs: str = ""  # in which form it takes its weight; empty where no call of it is a layer
+    followed: bool = False  # what it computes point by point is followed inside a module
+    fresh: bool = False  # it makes a tensor from nothing
+    on_lists: bool = False  # it stands for as many calls as there are tensors in a list
+    # Arguments that an operator writes to by what it says itself, of no such name.
     mutates: tuple[tuple[int, str], ...] = ()
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:

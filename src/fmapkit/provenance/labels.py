@@ -23,9 +23,6 @@ class OfModule:
 
     It takes the place of a weak reference: `torch.utils.swap_tensors`, by which `Module.to` and
     `load_state_dict` may work, refuses tensors that have one.
-
-    Attributes:
-        exchanged: another one had taken its place when the pass ended.
     """
 
     __slots__ = ("__weakref__", "_owner", "_which", "exchanged")
@@ -33,7 +30,7 @@ class OfModule:
     def __init__(self, owner: nn.Module, tensor: Tensor) -> None:
         self._owner = weakref.ref(owner)
         self._which = id(owner), id(tensor)
-        self.exchanged = False
+        self.exchanged = False  # another one had taken its place when the pass ended
         _kept.setdefault(owner, {})[id(self)] = tensor
 
     def __call__(self) -> Tensor | None:
@@ -62,19 +59,15 @@ class OfModule:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a layer got its weight, or its bias.
+    """Where a layer got its weight, or its bias."""
 
-    Attributes:
-        owner: the module that has the parameter or buffer; None where it was computed in the pass.
-        key: what it is called there.
-        ref: which tensor that was, while its module is there. No map keeps a module alive.
-        view: the part that was used: its shape, strides and offset, then the shape and strides of
-            the parameter; None for all of it.
-    """
-
+    # The module that has the parameter or buffer; None where it was computed in the pass.
     owner: Callable[[], nn.Module | None] | None = None
-    key: str = ""
+    key: str = ""  # what it is called there
+    # Which tensor that was, while its module is there. No map keeps a module alive.
     ref: Callable[[], Tensor | None] | None = None
+    # The part that was used: its shape, strides and offset, then the shape and strides of the
+    # parameter; None for all of it.
     view: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], tuple[int, ...]] | None = (
         None
     )
@@ -82,21 +75,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a call of a layer made its filters of.
+    """What a call of a layer made its filters of."""
 
-    Attributes:
-        weight: where it got its weight.
-        bias: the same of its bias; None if it has none.
-        places: axes of the result that count filters, and which axes of the weight they are.
-        axes: where the filters lie in the result; None where that is not known.
-        why: there is no weight that could be read; empty if there is.
-    """
-
-    weight: Source = Source()
-    bias: Source | None = None
+    weight: Source = Source()  # where it got its weight
+    bias: Source | None = None  # the same of its bias; None if it has none
+    # Axes of the result that count filters, and which axes of the weight they are.
     places: tuple[tuple[int, int], ...] = ()
+    # Where the filters lie in the result; None where that is not known.
     axes: ChannelLayout | None = None
-    why: str = ""
+    why: str = ""  # there is no weight that could be read; empty if there is
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -160,18 +147,12 @@ class ParamLabel:
 
 @dataclass(frozen=True, slots=True)
 class ParamLabelRef:
-    """A weight that a planned module returns: made of what it is given, or of a parameter's place.
+    """A weight that a planned module returns: of what it is given, or of a parameter's place."""
 
-    Attributes:
-        given: which tensor argument; -1 if it is none.
-        owner: the module that has the parameter.
-        key: what it is called there.
-        axes: as of a `ParamLabel`; unknown of what is given, which may be another slice each time.
-    """
-
-    given: int = -1
-    owner: nn.Module | None = None
-    key: str = ""
+    given: int = -1  # which tensor argument; -1 if it is none
+    owner: nn.Module | None = None  # the module that has the parameter
+    key: str = ""  # what it is called there
+    # As of a `ParamLabel`; unknown of what is given, which may be another slice each time.
     axes: tuple[ChannelLayout | None, ...] = ()
 
     def weight(self, inputs: Sequence[Label]) -> ParamLabel | None:

@@ -119,24 +119,16 @@ def buffers_at(places: Iterable[BufferPlace]) -> Buffers:
 
 @dataclass(frozen=True, slots=True)
 class WeightRows:
-    """What is known of the weights behind one map.
+    """What is known of the weights behind one map."""
 
-    Attributes:
-        what: the map, for messages.
-        origin: the call of the layer that made it.
-        axes: where its filters lie.
-        picked: those that are held, where not all are.
-        versions: of the pass's parameters, as `versions` gives them; empty while it is under way,
-            None where they were not asked for.
-        buffers: as they were when a call ended that was read by a plan.
-    """
-
-    what: str
-    origin: Origin
-    axes: ChannelLayout | None
-    picked: tuple[int, ...] | None
+    what: str  # the map, for messages
+    origin: Origin  # the call of the layer that made it
+    axes: ChannelLayout | None  # where its filters lie
+    picked: tuple[int, ...] | None  # those that are held, where not all are
+    # Of the pass's parameters, as `versions` gives them; empty while it is under way, None where
+    # they were not asked for.
     versions: Versions | None
-    buffers: Buffers
+    buffers: Buffers  # as they were when a call ended that was read by a plan
 
     def __reduce__(self) -> Any:
         """A copy of a map, or a pickle, has its values and tags alone."""

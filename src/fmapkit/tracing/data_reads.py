@@ -123,15 +123,12 @@ def _are_numbers(*given: Any) -> bool:
 
 
 class DataReads:
-    """Those of one pass.
-
-    Attributes:
-        made: the tensors that were made by cheap functions.
-    """
+    """Those of one pass."""
 
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace
         self._constants = Constants(trace.record.aliases.written)
+        # The tensors that were made by cheap functions.
         self.made = MadeTensors(trace.record.aliases)
 
     def before(

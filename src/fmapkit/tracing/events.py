@@ -18,47 +18,31 @@ from fmapkit.storage import MapRecord, StoredTensor
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """Something that ran and has maps: a nonlinearity, a layer, an output, or attention.
+    """Something that ran and has maps: a nonlinearity, a layer, an output, or attention."""
 
-    Attributes:
-        kind: "sigma", "layer", "output" or "attention".
-        scope: the module in whose own forward it ran.
-        function: that ran; None for a module's call.
-        module: whose call it is, if it is one; that may turn out later.
-        key: the keyword under which that module got x.
-        place: which of a function's tensor arguments x is.
-        sigma: of a nonlinearity, its name.
-        x: where it is what the running module was given: until its call ends, to see whether that
-            call is this event.
-        y: likewise, what it gave.
-        in_place: it has overwritten x.
-        kept: it is in place, and z kept its memory.
-        shared: other maps lie in what it has overwritten, too.
-        graph: its result is part of an autograd graph.
-        joins: its result may become part of one.
-        entries: the maps: ("x" | "y" | path, what is held).
-    """
-
-    kind: str
-    scope: nn.Module
-    function: Any = None
+    kind: str  # "sigma", "layer", "output" or "attention"
+    scope: nn.Module  # the module in whose own forward it ran
+    function: Any = None  # that ran; None for a module's call
     _: KW_ONLY
-    module: nn.Module | None = None
-    key: str | None = None
-    place: int = 0
-    sigma: str | None = None
+    module: nn.Module | None = None  # whose call it is, if it is one; that may turn out later
+    key: str | None = None  # the keyword under which that module got x
+    place: int = 0  # which of a function's tensor arguments x is
+    sigma: str | None = None  # of a nonlinearity, its name
+    # Where it is what the running module was given: until its call ends, to see whether that call
+    # is this event.
     x: Any = None
-    y: Any = None
-    in_place: bool = False
-    kept: bool = False
+    y: Any = None  # likewise, what it gave
+    in_place: bool = False  # it has overwritten x
+    kept: bool = False  # it is in place, and z kept its memory
     origin: Origin = NOWHERE
     axes: ChannelLayout | None = None
     x_held: StoredTensor | None = None
     y_held: StoredTensor | None = None
-    shared: bool = False
-    graph: bool = False
-    joins: bool = False
+    shared: bool = False  # other maps lie in what it has overwritten, too
+    graph: bool = False  # its result is part of an autograd graph
+    joins: bool = False  # its result may become part of one
     firing: HookPoint | None = None
+    # The maps: ("x" | "y" | path, what is held).
     entries: list[tuple[str, MapRecord]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,35 +90,23 @@ class HookPoint:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedCall:
-    """A call of a module whose fused kernel has shown all of its maps.
+    """A call of a module whose fused kernel has shown all of its maps."""
 
-    Attributes:
-        module: of torch's.
-        start: the first of its hook points.
-        end: the last one, and one more.
-        names: which of the kernel's maps is held, by the `id` of what is held.
-    """
-
-    module: nn.Module
-    start: int
-    end: int
-    names: Mapping[int, str]
+    module: nn.Module  # of torch's
+    start: int  # the first of its hook points
+    end: int  # the last one, and one more
+    names: Mapping[int, str]  # which of the kernel's maps is held, by the `id` of what is held
 
 
 class HookPoints(list[HookPoint]):
-    """Every moment of a pass at which a tap would fire, in order.
-
-    Attributes:
-        clock: how many decisions have been taken.
-        site_of: where a function was called that is under way; None while nobody is to know.
-        asking: who has called it.
-    """
+    """Every moment of a pass at which a tap would fire, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock: Callable[[], int] = int
+        self.clock: Callable[[], int] = int  # how many decisions have been taken
+        # Where a function was called that is under way; None while nobody is to know.
         self.site_of: Callable[[FrameType, Any], str | None] | None = None
-        self.asking: list[FrameType] = []
+        self.asking: list[FrameType] = []  # who has called it
 
     def append(self, firing: HookPoint) -> None:
         """One more moment, now."""

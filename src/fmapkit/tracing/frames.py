@@ -127,24 +127,16 @@ class SigmaCall:
 
 @dataclass(slots=True, eq=False)
 class EditSite:
-    """A nonlinearity with something to edit, while it runs.
+    """A nonlinearity with something to edit, while it runs."""
 
-    Attributes:
-        name: the layer's label.
-        call: which call of it.
-        z: what came in.
-        z_edited: what σ got in its place.
-        a_edited: what goes on in the place of σ's result.
-        base: memory that the model will read the result from, where that is not the result's own.
-    """
-
-    name: str
-    call: int
+    name: str  # the layer's label
+    call: int  # which call of it
     sigma: str
     axes: ChannelLayout | None
-    z: Tensor
-    z_edited: StoredTensor | None = None
-    a_edited: StoredTensor | None = None
+    z: Tensor  # what came in
+    z_edited: StoredTensor | None = None  # what σ got in its place
+    a_edited: StoredTensor | None = None  # what goes on in the place of σ's result
+    # Memory that the model will read the result from, where that is not the result's own.
     base: Tensor | None = None
     version: int = 0
 

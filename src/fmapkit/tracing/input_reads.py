@@ -92,17 +92,11 @@ _NUMBER = object()  # a whole number, which may follow the sizes of the inputs
 
 @dataclass(frozen=True, slots=True)
 class InputRead:
-    """A truth, or whole numbers, as a function of what a call is given, and of what it has.
+    """A truth, or whole numbers, as a function of what a call is given, and of what it has."""
 
-    Attributes:
-        form: the functions, without their whole numbers.
-        numbers: these, in order.
-        whole: it gives whole numbers.
-    """
-
-    form: Any
-    numbers: tuple[int, ...]
-    whole: bool
+    form: Any  # the functions, without their whole numbers
+    numbers: tuple[int, ...]  # these, in order
+    whole: bool  # it gives whole numbers
 
     def is_like(self, other: InputRead) -> bool:
         """Whether it is the same but for whole numbers."""

@@ -42,17 +42,13 @@ from fmapkit.tracing.pass_trace import PassTrace
 
 
 class LayerCalls:
-    """The layers of one pass.
-
-    Attributes:
-        made: memory of tensors that were made from nothing in this pass.
-        stand_ins: where a graph is traced: what stands for its inputs, and these.
-    """
+    """The layers of one pass."""
 
     def __init__(self, trace: PassTrace, editor: LayerEdits | None) -> None:
         self._trace = trace
         self._editor = editor
-        self.made: set[int] = set()
+        self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
+        # Where a graph is traced: what stands for its inputs, and these.
         self.stand_ins: StandIns = {}
 
     # -- functions that take a weight ---------------------------------------------------------

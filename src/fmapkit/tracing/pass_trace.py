@@ -34,40 +34,32 @@ Call = tuple[nn.Module, Any, Any]
 
 
 class PassTrace:
-    """Where a traced pass is, and what was noted of it.
-
-    Attributes:
-        frames: the modules that are running, outermost first.
-        learning: > 0 while a region is recorded: then every module has hooks.
-        asked: truths that were read of what it was given, in order, and what they were.
-        opaque: how many running modules are registered layers.
-        paused: nothing is to be seen: a region is replayed, or a module is tried.
-        edited: something was, or might have been, edited, as only a traced pass can be.
-        placed: inputs and outputs of modules that edits were asked for, as a plan may tell of them.
-        deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
-            what runs, or whose weight is used.
-        unhooked: modules that ran without hooks.
-        moments: after how many decisions modules began; None where one ended.
-        sources: where layers have got their weights.
-        fused: calls whose maps are their fused kernels'.
-    """
+    """Where a traced pass is, and what was noted of it."""
 
     def __init__(self, names: Names, record: Record) -> None:
         self.names = names
         self.record = record
         self.wants = record.wants
         self.labels = record.labels
-        self.frames: list[Frame] = []
-        self.learning = self.opaque = 0
+        self.frames: list[Frame] = []  # the modules that are running, outermost first
+        self.learning = 0  # > 0 while a region is recorded: then every module has hooks
+        self.opaque = 0  # how many running modules are registered layers
+        # Truths that were read of what it was given, in order, and what they were.
         self.asked: list[tuple[InputRead, Any]] = []
         self._outside = 0  # how many calls are around the region that is recorded
-        self.paused = self.edited = False
+        self.paused = False  # nothing is to be seen: a region is replayed, or a module is tried
+        # Something was, or might have been, edited, as only a traced pass can be.
+        self.edited = False
+        # Inputs and outputs of modules that edits were asked for, as a plan may tell of them.
         self.placed: dict[Place, Placed] = {}
+        # Modules that were seen to turn data into numbers of Python's, or to let it decide what
+        # runs, or whose weight is used.
         self.deciding: set[nn.Module] = set()
-        self.unhooked: set[nn.Module] = set()
+        self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
+        # After how many decisions modules began; None where one ended.
         self.moments: list[tuple[int, nn.Module | None]] = []
-        self.sources: list[Source] = []
-        self.fused: list[FusedCall] = []
+        self.sources: list[Source] = []  # where layers have got their weights
+        self.fused: list[FusedCall] = []  # calls whose maps are their fused kernels'
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""

@@ -23,13 +23,7 @@ from fmapkit.tracing.label_table import LabelTable
 
 
 class Record:
-    """The events of one pass.
-
-    Attributes:
-        graph: its maps are to be part of the autograd graph.
-        counts: how many calls there were of each layer, by its label.
-        pending: preactivations of replayed regions that a nonlinearity may still claim, by origin.
-    """
+    """The events of one pass."""
 
     def __init__(
         self,
@@ -46,10 +40,12 @@ class Record:
         self.aliases = aliases
         self.stop = stop
         self.miss = miss
-        self.graph = wants.graph and current.grads
+        self.graph = wants.graph and current.grads  # its maps are to be part of the autograd graph
         self.events: list[Event] = []
         self.firings = HookPoints()
+        # How many calls there were of each layer, by its label.
         self.counts: Counter[str] = Counter()
+        # Preactivations of replayed regions that a nonlinearity may still claim, by origin.
         self.pending: dict[int, list[MapRecord]] = {}
         self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
 

@@ -80,19 +80,12 @@ _LAZY = (UninitializedParameter, UninitializedBuffer)
 
 
 class Tracer(ObserverMode):
-    """Sees one pass; see the module's docstring.
-
-    Attributes:
-        editor: None where nothing is to be edited.
-        failed: a fault of our own, after which nothing is captured.
-        lost: the pass has left the known paths.
-        broken: the region after whose exception no more was captured.
-    """
+    """Sees one pass; see the module's docstring."""
 
     def __init__(self, trace: PassTrace, edits: RequestedEdits | None) -> None:
         super().__init__()
         self.trace = trace
-        self.editor: LayerEdits | None = None
+        self.editor: LayerEdits | None = None  # None where nothing is to be edited
         if edits:
             self.editor = LayerEdits(trace, edits, partial(_tried, trace.names, trace.wants))
         self.layers = LayerCalls(trace, self.editor)
@@ -106,8 +99,10 @@ class Tracer(ObserverMode):
         )
         self.attention = AttentionWatch(trace) if trace.wants.kind("attention") else None
         self.described = described()
+        # A fault of our own, after which nothing is captured.
         self.failed: BaseException | None = None
-        self.lost = False
+        self.lost = False  # the pass has left the known paths
+        # The region after whose exception no more was captured.
         self.broken: nn.Module | None = None
 
     @classmethod
