@@ -182,16 +182,13 @@ class _DeferredEntry:
 
 
 class CompiledEntries:
-    """The entries at the compiled modules of one capture.
-
-    Args:
-        given: the model as it was given; what `torch.compile` returned, or a plain one.
-    """
+    """The entries at the compiled modules of one capture."""
 
     _handler: CompiledCapture  # while the block is open
 
     def __init__(self, model: nn.Module, given: nn.Module) -> None:
         self._model = model
+        # The model as it was given; what `torch.compile` returned, or a plain one.
         self._given = given
         self._entries: list[_CompiledEntry] = []
         self._deferred: list[_DeferredEntry] = []

@@ -83,11 +83,7 @@ class NodeAliases(Aliases):
 
 
 class GraphRecord(Record):
-    """Holds where a map is to be read.
-
-    Args:
-        noted: which node each tensor comes from.
-    """
+    """Holds where a map is to be read."""
 
     def __init__(
         self,
@@ -99,7 +95,7 @@ class GraphRecord(Record):
         super().__init__(wants, Pass(0), LabelTable(names), noted, None, miss)
         self.graph = False  # what the graph returns is part of it
         self.names = names
-        self.noted = noted
+        self.noted = noted  # which node each tensor comes from
 
     def copy(self, tensor: Tensor) -> StoredTensor:
         held = self.noted.note(tensor)

@@ -109,13 +109,7 @@ class Labels:
 
 
 class GraphRun(PassPiece):
-    """The maps of one run of a compiled graph.
-
-    Args:
-        tensors: what is held, by slot.
-        copied: which of them are copies; None for none.
-        carried: what the graph's inputs carried.
-    """
+    """The maps of one run of a compiled graph."""
 
     __slots__ = ("_copied", "_labels", "_origins", "_tensors", "_versions", "base", "inputs")
 
@@ -123,10 +117,10 @@ class GraphRun(PassPiece):
         self, labels: Labels, tensors: list[Tensor], copied: list[bool] | None, carried: list[Any]
     ) -> None:
         self._labels = labels
-        self._tensors = tensors
+        self._tensors = tensors  # what is held, by slot
         self._versions = versions_of(tensors)
-        self._copied = copied
-        self.inputs = carried
+        self._copied = copied  # which of them are copies; None for none
+        self.inputs = carried  # what the graph's inputs carried
         self.base: dict[str, int] | None = None
         self._origins: dict[Ref, Origin] = {}
 
@@ -161,16 +155,12 @@ class GraphRun(PassPiece):
 
 
 class GraphMapSink:
-    """Where the compiled graphs of one pass bring their maps.
-
-    Args:
-        alone: compiled code is all that the pass runs.
-    """
+    """Where the compiled graphs of one pass bring their maps."""
 
     def __init__(self, capture: CompiledCapture, live: TracedPass, alone: bool) -> None:
         assert live.current is not None
         self.capture = capture
-        self.alone = alone
+        self.alone = alone  # compiled code is all that the pass runs
         self._live = live
         self._segments = live.current.segments
         self.runs = 0

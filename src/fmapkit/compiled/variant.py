@@ -41,11 +41,8 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 class InstrumentedCompile:
     """A compiled module compiled once more, with graphs that return their maps.
 
-    Args:
-        original: what runs its compiled code.
-
     Raises:
-        UnknownError: `original` is no function that torch.compile made.
+        UnknownError: `original`, which runs its compiled code, is none that torch.compile made.
     """
 
     def __init__(self, root: nn.Module, original: Any) -> None:

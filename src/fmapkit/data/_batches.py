@@ -40,11 +40,7 @@ class Batch:
 
 
 class Batches:
-    """A loader, with what can be known of it before it runs.
-
-    Args:
-        loader: any iterable of batches that can be iterated again.
-    """
+    """A loader, with what can be known of it before it runs."""
 
     def __init__(self, loader: Any) -> None:
         if isinstance(loader, (Tensor, np.ndarray, str, bytes, Mapping)):
@@ -62,7 +58,7 @@ class Batches:
                 "makes it (a DataLoader, a list, an object with __iter__), so that an interrupted "
                 "run can go on"
             )
-        self._loader = loader
+        self._loader = loader  # any iterable of batches that can be iterated again
         self.total: int | None = None  # batches, after `read` has come to the end
         dataset = getattr(loader, "dataset", None)
         sampler: Any = getattr(loader, "batch_sampler", None)

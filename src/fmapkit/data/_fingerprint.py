@@ -140,9 +140,7 @@ def describe(value: Any, model: nn.Module | None = None, *, pure: bool = True) -
 def _function(function: Any, depth: int) -> str:
     """Name of a function, what it holds, and a hash of its code; what it reads elsewhere is not in.
 
-    Args:
-        depth: functions in functions up to which what they hold is looked at; a partial's
-            arguments always are.
+    What functions in it hold is looked at up to a depth; a partial's arguments always are.
     """
     inner = getattr(function, "func", function)  # of a functools.partial
     given: list[Any] = []

@@ -41,12 +41,9 @@ class Joined:
 def join(
     files: Sequence[tuple[Path, int]], shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Joined | None:
-    """Map files of nothing but rows; None where the system does not do that, or a file is not so.
+    """Map files of nothing but so many rows; None where the system cannot, or one is not so.
 
     Each file begins at the next page that is a whole number of rows after the first one.
-
-    Args:
-        files: path, and how many rows it has.
     """
     libc = _libc()
     row = math.prod(shape) * dtype.itemsize
@@ -70,11 +67,7 @@ def join(
 
 
 class _Memory:
-    """A range of addresses, given back once no array uses it.
-
-    Raises:
-        OSError: there are not so many.
-    """
+    """A range of addresses, given back once no array uses it; an `OSError` if there are none."""
 
     def __init__(self, libc: Any, size: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._libc = libc
@@ -90,10 +83,9 @@ class _Memory:
         }
 
     def map(self, path: Path, size: int, place: int) -> None:
-        """Map a file at its place. What is written to the memory never gets to the file.
+        """Map a file of that size at its place, or raise an `OSError`.
 
-        Raises:
-            OSError: it is not there, or has another size.
+        What is written to the memory never gets to the file.
         """
         file = os.open(path, os.O_RDONLY)
         try:

@@ -31,11 +31,7 @@ def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
 
 
 class Riding:
-    """Some analyses, in one run.
-
-    Args:
-        resumable: whether their state has to be kept: each must have one.
-    """
+    """Some analyses, in one run."""
 
     def __init__(self, analyses: Any, resumable: bool) -> None:
         one = hasattr(analyses, "update")
@@ -50,6 +46,7 @@ class Riding:
                     "interrupted run could not go on with what it has seen; add them, or give "
                     "resume=False"
                 )
+        # Whether their state has to be kept: each must have one.
         self._keeps = resumable and bool(self.analyses)
         self.run = uuid.uuid4().hex[:12] if self._keeps else ""
         self.absorbed: tuple[str, ...] = ()

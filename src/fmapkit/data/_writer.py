@@ -32,8 +32,7 @@ Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 def sent(taken: Taken) -> tuple[Taken, list[Any]]:
     """The rows of a batch in the host's memory, and the copies to wait for before they are there.
 
-    Args:
-        taken: where the model made them. On a CPU they are there already, and nothing is copied.
+    What the model has made on a CPU is there already, and not copied.
     """
     copies: list[Any] = []
     arrays = []
@@ -51,22 +50,18 @@ _copies = cache(Cuda)  # by device
 
 
 class Unit:
-    """The rows of some batches in a row, while they come in.
-
-    Args:
-        start: number of its first sample.
-        spare: buffers of a unit that has been written, to be used again.
-    """
+    """The rows of some batches in a row, while they come in."""
 
     def __init__(self, number: int, start: int, manifest: Manifest, spare: Blocks | None) -> None:
         self.number = number
-        self.start = start
+        self.start = start  # number of its first sample
         self.samples = self.rows = self.batches = 0
         self.digest = ""
         self._manifest = manifest
         self._parts: dict[Spec, list[np.ndarray[Any, Any]]] = {}
         self.buffers: Blocks = {}
         if manifest.regular:
+            # Spare ones are of a unit that has been written.
             self.buffers = spare or {
                 spec: np.empty((manifest.rows_per_unit, *spec.shape), spec.stored)
                 for spec in manifest.specs

@@ -133,8 +133,7 @@ def _places(kind: type[nn.Module]) -> dict[_Place, str]:
 def doors(region: nn.Module, tapped: Set[nn.Module]) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.
 
-    Args:
-        tapped: have hooks already; a call of what they are in does not go unseen.
+    A call of what `tapped` ones are in does not go unseen: these have hooks already.
     """
     found: dict[nn.Module, None] = {}
     for module in modules_in(region):

@@ -100,10 +100,7 @@ def probabilities(call: dict[str, Any], graph: bool) -> Tensor:
     """The probabilities of one call, of shape (..., heads, queries, keys).
 
     Nothing of this is seen by function modes or dispatch modes of others, and no random numbers are
-    drawn.
-
-    Args:
-        graph: make them a part of the autograd graph.
+    drawn. With `graph`, they are a part of the autograd graph.
     """
     query, key = call["query"], call["key"]
     grads = torch.set_grad_enabled(graph and torch.is_grad_enabled())

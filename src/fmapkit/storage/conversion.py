@@ -28,16 +28,11 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class StorageConversion:
-    """How one capture stores its maps.
-
-    Args:
-        dtype: of what is stored of floating-point maps; None for the map's own.
-        device: where it is stored; None for the map's own.
-    """
+    """How one capture stores its maps."""
 
     def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        self.dtype = dtype
-        self.device = device
+        self.dtype = dtype  # of what is stored of floating-point maps; None for the map's own
+        self.device = device  # where it is stored; None for the map's own
         self.buffers = Buffers()
         self._offloads: dict[torch.device, Offload] = {}
         self._arrivals: dict[int, Arrival] = {}  # by the buffer's storage

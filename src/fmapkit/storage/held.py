@@ -60,8 +60,7 @@ class StoredTensor:
     def snapshot(self, leads_on: bool = False) -> None:
         """Turn the reference into a copy, just before the memory is written to.
 
-        Args:
-            leads_on: what is held is the model's own tensor, and is to go on from the copy.
+        Where it leads on, the model's own tensor is held, and is to go on from the copy.
         """
         if self.gradient is not None:
             self.gradient.overwritten()

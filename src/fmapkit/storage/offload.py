@@ -54,15 +54,11 @@ class Cuda:
 
 
 class Offload:
-    """The copies of one capture from one device.
-
-    Args:
-        device: that they come from.
-        limit: how many bytes may be on their way, before the model's work waits for some.
-    """
+    """The copies of one capture from one device."""
 
     def __init__(self, device: Cuda, limit: int = 1 << 28) -> None:
-        self._device = device
+        self._device = device  # that they come from
+        # How many bytes may be on their way, before the model's work waits for some.
         self._limit = limit
         self._under_way: deque[tuple[Arrival, int]] = deque()
         self._bytes = 0

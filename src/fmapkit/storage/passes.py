@@ -127,16 +127,12 @@ _NOTHING: deque[Any] = deque(maxlen=0)
 
 
 class PassStore:
-    """The last passes, newest last.
-
-    Args:
-        keep: how many; None for all of them. Of 0, there is one while it runs.
-    """
+    """The last passes, newest last."""
 
     def __init__(self, keep: int | None) -> None:
         self.passes: deque[Pass] = deque()
-        self.fleeting = keep == 0
-        self.keep = 1 if self.fleeting else keep
+        self.fleeting = keep == 0  # there is one while it runs
+        self.keep = 1 if self.fleeting else keep  # how many; None for all of them
         self._users: Counter[int] = Counter()  # by storage: how many counted passes hold it
         self._total = 0
         self._going: deque[Any] = _NOTHING

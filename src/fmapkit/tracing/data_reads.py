@@ -58,12 +58,10 @@ class Constants:
 
     A pass that takes the path of an earlier one makes them of the same numbers, so they are what
     they were then: who asks one for its truth, or for a number, does not decide by data.
-
-    Args:
-        written: by storage: the latest write to it that was seen, numbered from 0.
     """
 
     def __init__(self, written: Mapping[int, int]) -> None:
+        # By storage: the latest write to it that was seen, numbered from 0.
         self._written_to = written
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
