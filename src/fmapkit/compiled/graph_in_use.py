@@ -26,19 +26,15 @@ from fmapkit.tracing import LabelTable
 
 
 class _Labelled:
-    """The labels of a graph's maps, and what was not captured, of one kind of run.
-
-    Args:
-        weights: that came in. Their ids tell the kind of run, as long as it is still they.
-        missed: the layer and the reason of each entry.
-    """
+    """The labels of a graph's maps, and what was not captured, of one kind of run."""
 
     def __init__(
         self, labels: Labels, weights: list[Tensor], missed: list[tuple[str, str]]
     ) -> None:
         self.labels = labels
+        # That came in. Their ids tell the kind of run, as long as it is still they.
         self._weights = list(map(weakref.ref, weights))
-        self._missed = missed
+        self._missed = missed  # the layer and the reason of each entry
         self._told: Any = None
 
     @property
@@ -97,36 +93,23 @@ class _Latest:
 
 
 class CompiledGraph:
-    """A compiled graph, as its sessions see it; `place` says which of them.
-
-    Args:
-        gm: the graph, opened but without the outputs that were added.
-        inputs: the real ones it was traced with.
-        whole: it is all of what was compiled, so that the same modules run it always.
-        volatile: its outputs' memory is reused by its next run.
-
-    Attributes:
-        data: which inputs are tensors that are no parameters.
-        local: which of these are no attributes of a module.
-        own: how many outputs are the model's.
-        returned: how many outputs there are.
-        places: where the graph returns what is read at a site.
-    """
+    """A compiled graph, as its sessions see it; `place` says which of them."""
 
     def __init__(
         self, gm: fx.GraphModule, inputs: Sequence[Any], whole: bool, volatile: bool, names: Names
     ) -> None:
-        self.gm = gm
-        self.whole = whole
-        self.volatile = volatile
+        self.gm = gm  # opened, but without the outputs that were added
+        self.whole = whole  # all of what was compiled, so that the same modules run it always
+        self.volatile = volatile  # its outputs' memory is reused by its next run
         tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor)]
         self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
-        self.data = [i for i in tensors if i not in self.weights]
+        self.data = [i for i in tensors if i not in self.weights]  # no parameters
         placeholders = gm.graph.find_nodes(op="placeholder")
+        # Those that are no attributes of a module.
         self.local = {i for i, n in enumerate(placeholders) if not from_module(n)}
         (last,) = gm.graph.find_nodes(op="output")
-        self.own = self.returned = len(last.args[0])
-        self.places: dict[Any, int] = {}
+        self.own = self.returned = len(last.args[0])  # outputs of the model's; all outputs
+        self.places: dict[Any, int] = {}  # where the graph returns what is read at a site
         # How the graph knows modules and weights: by what they were when it was traced.
         self._modules = {id(m): m for m in names.by_module}
         self._owners = [names.owners(inputs[i]) for i in self.weights]

@@ -58,13 +58,7 @@ def node_of(unit: int) -> str:
 
 
 class Place:
-    """Where a store is, and all that is done to it.
-
-    Args:
-        to: a path, a URL that fsspec knows (`s3://...`), or a Zarr store.
-        storage_options: for fsspec, of a URL.
-        compressors: of the arrays that are made here; None for none.
-    """
+    """Where a store is (at a path, a URL, in a Zarr store), and all that is done to it."""
 
     def __init__(
         self,
@@ -74,7 +68,7 @@ class Place:
     ) -> None:
         zarr = zarr_module()
         self._zarr = zarr
-        self._compressors = compressors
+        self._compressors = compressors  # of the arrays that are made here; None for none
         self._opened: dict[str, Array[Any]] = {}  # to be written to
         self.local: Path | None = None  # the folder, where it is one of this machine
         if isinstance(to, Path) or (isinstance(to, str) and "://" not in to):

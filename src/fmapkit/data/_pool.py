@@ -19,19 +19,13 @@ _Array = np.ndarray[Any, Any]
 
 
 class Views:
-    """Rows whose memory is a store's: each is copied once, into its batch.
-
-    Args:
-        ids: of the rows to begin with, in order.
-        starts: number of each block's first row.
-        gather: gives rows by their numbers.
-    """
+    """Rows whose memory is a store's: each is copied once, into its batch."""
 
     def __init__(
         self, ids: Tensor, starts: _Array, gather: Callable[[_Array], dict[str, Tensor]]
     ) -> None:
-        self._starts = starts
-        self._gather = gather
+        self._starts = starts  # number of each block's first row
+        self._gather = gather  # gives rows by their numbers
         self._rows: _Array = starts[ids[:, 0].numpy()] + ids[:, 1].numpy()
 
     def __len__(self) -> int:
@@ -60,17 +54,12 @@ class Views:
 
 
 class Slots:
-    """Rows in slots that are used again, and the order in which they will be given.
-
-    Args:
-        rows: to begin with, in order.
-        ids: of these: number of block and row in it.
-    """
+    """Rows in slots that are used again, and the order in which they will be given."""
 
     def __init__(self, rows: dict[str, Tensor], ids: Tensor) -> None:
-        self._rows = rows
+        self._rows = rows  # to begin with, in order
         self._size = len(ids)  # slots
-        self._ids = ids.numpy().copy()  # of each slot
+        self._ids = ids.numpy().copy()  # of each slot: number of block and row in it
         self._order = np.arange(len(ids))  # slots, as they will be given
         self._free = np.empty(0, np.int64)
 

@@ -38,21 +38,10 @@ class Taken:
 
 
 class Rows:
-    """Makes rows of maps, the same way for every batch.
-
-    Args:
-        pool: how positions are put together; None keeps them.
-        mask: which positions are no padding: the batch's field, or a function of the batch.
-        dtype: of floating-point features; None for the model's own.
-        keep: fields of the batch.
-    """
+    """Makes rows of maps, the same way for every batch; arguments as in `extract`."""
 
     def __init__(
-        self,
-        pool: Pool | None,
-        mask: Mask | None,
-        dtype: torch.dtype | None,
-        keep: Keep,
+        self, pool: Pool | None, mask: Mask | None, dtype: torch.dtype | None, keep: Keep
     ) -> None:
         if pool is not None and not callable(pool) and pool not in _POOLS:
             raise ArgumentError(

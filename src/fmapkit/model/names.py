@@ -48,17 +48,11 @@ class Use:
 
 
 class Names:
-    """The names of one model's modules and parameters, read once and again when it changes.
-
-    Attributes:
-        lends: some parameters, as far as is known, may have memory for a while only.
-        version: another one whenever other parameters are known than before.
-        past_hooks: finds modules of the model that run without their hooks.
-    """
+    """The names of one model's modules and parameters, read once and again when it changes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.lends = False
+        self.lends = False  # some parameters, as far as is known, have memory for a while only
         # By its id, each parameter, its owners, and its first place in the model.
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]], str]] = {}
         self._empty: list[Any] = []  # where modules without parameters would have them
@@ -68,7 +62,7 @@ class Names:
         self._registered = DictWatch(())  # all these dicts
         self.elsewhere = UnregisteredLayers(lambda: _places(self.model))
         self.unnamed = Unnamed()
-        self.version = 0
+        self.version = 0  # another one whenever other parameters are known than before
         self.refresh()
 
     def refresh(self) -> None:
