@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Container, Mapping
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ class NodeHeld(StoredTensor):
     """Stands for a tensor of the graph: where it is to be read."""
 
     def __init__(self, tensor: Tensor, node: fx.Node | None, at: fx.Node) -> None:
-        super().__init__(tensor, version_of(tensor))
+        super().__init__(tensor, version_of(tensor), own=False)
         self.node = node  # None: the node at which it was noted makes it
         self.at = at
 
@@ -69,17 +68,6 @@ class NodeAliases(Aliases):
         found = self.nodes.get(id(tensor))
         known = found is not None and found[1] == version_of(tensor)
         return NodeHeld(tensor, found[2] if found is not None and known else None, self.now)
-
-    def reference(self, tensor: Tensor) -> StoredTensor:
-        found = self._by_id.get(id(tensor))
-        if found is not None and found[0]() is tensor:
-            held = found[1]
-            if not held.copied and version_of(tensor) == held.version:
-                return held
-        held = self.note(tensor)
-        self.watch(held)
-        self._by_id[id(tensor)] = (weakref.ref(tensor), held)
-        return held
 
 
 class GraphRecord(Record):

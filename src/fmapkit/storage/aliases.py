@@ -48,11 +48,15 @@ class Aliases:
                         # What a torch.autograd.Function returned is in the graph only now.
                         held.gradient = watch(tensor)
                     return held
-        kind = StoredTensor.copy if self._lent(tensor) else StoredTensor.reference
-        held = kind(tensor, self.detach, self.gradients)
+        held = self.note(tensor)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held
+
+    def note(self, tensor: Tensor) -> StoredTensor:
+        """Hold a tensor as it is now."""
+        kind = StoredTensor.copy if self._lent(tensor) else StoredTensor.reference
+        return kind(tensor, self.detach, self.gradients)
 
     def forget(self, tensor: Tensor) -> None:
         """A tensor has other memory than it had: what was held of it is not this tensor's."""
@@ -86,11 +90,9 @@ class Aliases:
         self.writes += 1
 
     def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
-        """Copy what the write would lose.
+        """Copy what a write to a tensor would lose.
 
-        Args:
-            tensor: that is about to be written to.
-            leads_on: σ writes to it, and what is held in the graph is to have its gradient.
+        Where it leads on, σ writes, and what is held in the graph is to have its gradient.
         """
         leads_on = leads_on and not self.detach and type(tensor) is Tensor
         self.wrote(tensor)

@@ -87,11 +87,7 @@ class _Post:
         """A backward has gone through what was made of the tensor."""
         self._task = graph_task()
 
-    def serve(self, gradient: Gradient) -> None:
-        """From here on the gradient receives what comes."""
-        self.targets.append(weakref.ref(gradient, self._gone))
-
-    def _gone(self, reference: weakref.ref[Gradient]) -> None:
+    def gone(self, reference: weakref.ref[Gradient]) -> None:
         self.targets.remove(reference)
         if not self.targets and self._handle is not None:
             self._handle.remove()
@@ -118,7 +114,7 @@ class Gradient:
         self._value: Tensor | None = None
         self._version = 0
         self._lost = False
-        post.serve(self)
+        post.targets.append(weakref.ref(self, post.gone))
 
     def picked(self, dim: int, places: tuple[int, ...]) -> Gradient:
         """The same for some filters alone."""
