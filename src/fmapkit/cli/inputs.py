@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
@@ -36,15 +36,7 @@ class Data:
 def open_data(
     place: Path, prepare: Callable[[], Preparation], columns: Sequence[str], split: str | None
 ) -> Data:
-    """The data set at a place.
-
-    Args:
-        place: a folder of images (whose first folders are labels), a `.npy` or `.npz` file, a
-            folder of `.npy` files, or what `datasets.Dataset.save_to_disk` has written.
-        prepare: makes what turns an image into a tensor.
-        columns: of a Hugging Face data set: which go into the model; () for all of numbers.
-        split: of several in a Hugging Face data set.
-    """
+    """The data set at a place; of a Hugging Face one, `columns` for the model, else all numbers."""
     if not place.exists():
         raise ArgumentError(f"there is nothing at {place}")
     if any((place / n).exists() for n in ("dataset_info.json", "dataset_dict.json", "state.json")):
@@ -115,17 +107,14 @@ class _Arrays(Dataset[dict[str, Any]]):
     """Rows of arrays, one array after the other; beside them, arrays of as many rows."""
 
     def __init__(self, arrays: list[Any], beside: Mapping[str, Any]) -> None:
-        self._arrays = arrays
-        self._ends = np.cumsum([len(a) for a in arrays])
+        self._rows: ConcatDataset[Any] = ConcatDataset(arrays)
         self._beside = beside
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        row = self._arrays[which][index - int(self._ends[which])]
-        values = np.array(row)
+        values = np.array(self._rows[index])
         if values.dtype == np.float64:
             values = values.astype(np.float32)
         sample: dict[str, Any] = {"input": torch.from_numpy(values)}

@@ -9,7 +9,7 @@ import platform
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -153,7 +153,7 @@ class Job:
         manifest = Manifest(
             arrays=tuple(spec for spec, _ in taken.arrays),
             fields=tuple(spec for spec, _ in taken.fields),
-            batches_per_unit=1,
+            batches_per_unit=self.batches_per_commit or _batches_per_unit(self.batches, taken),
             batch_size=self.batches.batch_size,
             samples=self.batches.samples,
             asked=self.asked,
@@ -165,8 +165,6 @@ class Job:
                 "python": platform.python_version(),
             },
         )
-        number = self.batches_per_commit or _batches_per_unit(manifest, taken)
-        manifest = replace(manifest, batches_per_unit=number)
         self.place.create(manifest)
         return manifest
 
@@ -259,12 +257,12 @@ def _absent(model: nn.Module, layers: Any, there: Collection[str]) -> list[str]:
     return found
 
 
-def _batches_per_unit(manifest: Manifest, first: Taken) -> int:
+def _batches_per_unit(loader: Batches, first: Taken) -> int:
     """How many batches are written and committed together."""
     sizes = [spec.row_bytes * len(rows) for spec, rows in first.arrays]
     number = min(_UNIT_BATCHES, max(1, _UNIT_BYTES // max(1, *sizes)))
-    if manifest.samples is not None and manifest.batch_size is not None:
-        batches = -(-manifest.samples // manifest.batch_size)
+    if loader.samples is not None and loader.batch_size is not None:
+        batches = -(-loader.samples // loader.batch_size)
         number = min(max(number, batches // _UNITS), max(1, batches))
     return number
 
