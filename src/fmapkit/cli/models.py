@@ -34,13 +34,10 @@ def _options_of(given: Sequence[str]) -> dict[str, Any]:
 
 
 def load(name: str, pretrained: bool, weights: Path | None, options: Sequence[str]) -> nn.Module:
-    """The model of a name, in eval mode.
+    """The model of a name in one of the forms above, in eval mode.
 
-    Args:
-        name: in one of the forms above.
-        pretrained: have the package load the weights that it knows.
-        weights: a file with a `state_dict` to load: of safetensors, or of `torch.save`.
-        options: `key=value`, for the function that makes the model.
+    `weights` is a `state_dict` in a file of safetensors, or of `torch.save`; options are
+    `key=value`, for the function that makes the model.
     """
     given = _options_of(options)
     home, colon, rest = name.partition(":")

@@ -141,12 +141,7 @@ class Pieces:
         return self._pieces[at].read(first - start, last - start, ())
 
     def take(self, rows: NdArray, rest: tuple[Any, ...] = ()) -> NdArray:
-        """Some rows, in any order, each as often as it is given; a copy.
-
-        Args:
-            rows: int64, from 0 to before the number of rows.
-            rest: as in `read`.
-        """
+        """Rows by number (int64), in any order, as often as given; a copy, cut as by `read`."""
         if self.joined is not None:
             if self._gaps is not None:
                 rows = rows + self._gaps[np.searchsorted(self._ends, rows, side="right") - 1]

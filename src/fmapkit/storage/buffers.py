@@ -62,13 +62,9 @@ class Buffers:
     def like(
         self, tensor: Tensor, dtype: torch.dtype, device: torch.device, pin: bool = False
     ) -> Tensor:
-        """Memory for a copy of a tensor, in the same layout.
+        """Memory for a copy of a strided tensor, in the same layout.
 
-        Args:
-            tensor: to be copied, strided.
-            dtype: of the copy.
-            device: of the copy.
-            pin: page-locked, so that a device can write to it by itself.
+        Where it is pinned, a device can write to it by itself.
         """
         # By source, too: copies from one device end in order, those from two may not.
         form = (tensor.shape, tensor.stride(), tensor.device, dtype, device, pin)

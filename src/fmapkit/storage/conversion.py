@@ -81,11 +81,7 @@ class StorageConversion:
     ) -> Tensor:
         """What is stored of a tensor; the tensor itself, where nothing about it is to change.
 
-        Args:
-            tensor: the map.
-            place: the axis to pick from, and what to pick; None for all.
-            detach: outside of the graph.
-            doomed: the model is about to overwrite the tensor.
+        Without a place to pick from, it is all of it; a doomed one is about to be overwritten.
         """
         if place is None and not self.changes(tensor):
             return tensor

@@ -64,11 +64,9 @@ class Offload:
         self._bytes = 0
 
     def send(self, source: Tensor, target: Tensor) -> Arrival:
-        """Start a copy.
+        """Start a copy to pinned memory, which is to be read after the arrival only.
 
-        Args:
-            source: on the device; may be let go at once.
-            target: pinned, on the host; to be read after the arrival only.
+        What is copied may be let go at once.
         """
         arrival = self._device.copy(source, target)
         size = target.numel() * target.element_size()

@@ -146,10 +146,7 @@ class PassStore:
     def begin(self, step: int, training: bool, gradually: bool = False) -> Pass:
         """Room for a new pass: the oldest is let go before the model allocates again.
 
-        Args:
-            step: how many passes there were before.
-            training: the model's mode.
-            gradually: its maps go one by one, as the new ones come.
+        Gradually, its maps go one by one, as the new ones come.
         """
         new = Pass(step, training)
         while self.keep is not None and len(self.passes) >= self.keep:
