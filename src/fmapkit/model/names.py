@@ -29,8 +29,6 @@ from fmapkit.torchlib.caching import DictWatch
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-_PARAMETRIZED = "parametrizations."
-
 
 @dataclass(frozen=True, slots=True)
 class Use:
@@ -202,7 +200,7 @@ class Names:
         name = self.by_module.get(inner)
         if name is None or self.unnamed.known(weight) is not None:
             return None
-        return self._without_parametrization(name) if _PARAMETRIZED in name else name
+        return self._without_parametrization(name)
 
     def layer_of(self, use: Use) -> tuple[str, bool]:
         """The layer of a weighted function: the running layer module, or the weight's owner.

@@ -16,17 +16,15 @@ from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.compiled_modules import is_optimized_type
 
 REPLICAS = Reason.DATA_PARALLEL.text()
-# Those that come with torch, and those that have to be imported first: where nobody has imported
-# them, no module can be one, and importing them here would take long.
-_TYPES: dict[type[nn.Module], str] = {
-    nn.DataParallel: "module",
-    nn.parallel.DistributedDataParallel: "module",
-}
-_LATER = (
+_SHARDED = "_fsdp_wrapped_module"
+# Where nobody has imported such a class, no module can be of it, and to import it would take long.
+_KINDS = (
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
     (
         "torch.distributed.fsdp.fully_sharded_data_parallel",
         "FullyShardedDataParallel",
-        "_fsdp_wrapped_module",
+        _SHARDED,
     ),
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
@@ -46,8 +44,8 @@ def _wrapper(given: type) -> tuple[type[nn.Module], str] | None:
     """Which kind of wrapper a class is, and its key for what it carries; None if it is none."""
     if is_optimized_type(given):
         return given, "_orig_mod"
-    later = ((_imported(home, name), key) for home, name, key in _LATER)
-    for kind, key in (*_TYPES.items(), *later):
+    for home, name, key in _KINDS:
+        kind = _imported(home, name)
         if kind is not None and issubclass(given, kind):
             return kind, key
     return None
@@ -89,7 +87,7 @@ def _plain(given: type[nn.Module], kind: type[nn.Module]) -> bool:
 def flat_parameters(module: nn.Module) -> list[Any]:
     """Of a `FullyShardedDataParallel` module: the one parameter that it made of many."""
     found = _wrapper(type(module))
-    if found is None or found[1] != _LATER[0][2] or module._handle is None:
+    if found is None or found[1] != _SHARDED or module._handle is None:
         return []
     return [module._handle.flat_param]  # type: ignore[union-attr]
 
