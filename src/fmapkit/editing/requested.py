@@ -334,7 +334,7 @@ class RequestedEdits:
                     step=at.step,
                     training=at.training,
                     filter_dim=axes.dim if axes is not None else None,
-                    filters=axes.filters if axes is not None and axes.dim is not None else None,
+                    filters=axes.filters if axes is not None else None,
                     **tags,
                 )
                 part, put = part_of(fm, where)

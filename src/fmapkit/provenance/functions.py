@@ -214,12 +214,7 @@ def _parts(index: Any) -> tuple[Any, ...]:
 
 
 def _has_tensor(args: Any, kwargs: Any) -> bool:
-    for given in (*args[1:], *kwargs.values()):
-        if isinstance(given, Tensor):
-            return True
-        if isinstance(given, (tuple, list)) and any(isinstance(g, Tensor) for g in given):
-            return True
-    return False
+    return bool(tensors_in(*args[1:], kwargs))
 
 
 _NUMBERS = frozenset({int, bool, float, str, type(None), type(...), torch.Size, torch.dtype})
