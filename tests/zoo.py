@@ -200,7 +200,6 @@ def _bart(name: str) -> partial[Built]:
 
 _KV = {**_TEXT, "num_key_value_heads": 2}
 _MOE = {"num_experts_per_tok": 2}
-_CLIP_PART = _without(_VISION, "image_size", "patch_size")
 _STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
 _CLIP_TEXT = {**_TEXT, "projection_dim": 16}
 
