@@ -64,7 +64,7 @@ class Frame:
     # How often each function was given a weight, by the layer that made that.
     turns: Counter[tuple[str, str | None]] | None = None
     site: EditSite | None = None  # something to edit
-    _pointwise: Pointwise | None = None
+    pointwise: Pointwise = field(init=False)  # what is computed in it point by point
     ran: bool = False  # the function inside that a registered σ module is
     inner: tuple[str, Any] | None = None  # another one that got x, and its result
     # Of a candidate: (layer, reason) of what is missed in it, unless it is one σ as a whole.
@@ -74,15 +74,7 @@ class Frame:
         args = self.args
         plain = bool(args) and type(args[0]) is Tensor
         self.x, self.key = (args[0], None) if plain else first_tensor(args, self.kwargs)
-        self.counts, self.own, self.unseen = _NONE, [], []
-
-    @property
-    def pointwise(self) -> Pointwise:
-        """What is computed in it point by point."""
-        found = self._pointwise
-        if found is None:
-            found = self._pointwise = Pointwise()
-        return found
+        self.counts, self.own, self.unseen, self.pointwise = _NONE, [], [], Pointwise()
 
     def given(self) -> list[Tensor | None]:
         """The tensors in its arguments as it began; None for one that is gone."""
