@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +62,9 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     unfinished = f"{path}.{os.getpid()}.part"
     try:
-        save_file(writer.tensors, unfinished, {_KEY: json.dumps(about), "format": "pt"})
+        save_file(
+            writer.tensors, unfinished, {_KEY: json.dumps(about, default=_of_range), "format": "pt"}
+        )
         os.replace(unfinished, path)
     finally:
         if os.path.exists(unfinished):
@@ -126,9 +128,9 @@ class _Writer:
             if key in tags:
                 place = name if key == "tensor" else f"{name}/{key}"
                 tags[key] = self._add(place, tags[key], fm, of + what)
-        tags["filters"] = _filters(fm.filters)
+        tags["filters"] = fm.filters
         if fm.heads is not None:
-            tags["heads"] = _of_heads(fm.heads)
+            tags["heads"] = {k: part for k, part in asdict(fm.heads).items() if part is not None}
         return tags
 
     def _add(self, name: str, tensor: Tensor, fm: FeatureMap, what: str) -> dict[str, Any]:
@@ -172,14 +174,6 @@ def _map(
     return restored(found)
 
 
-def _of_heads(heads: Heads) -> dict[str, Any]:
-    return {
-        field.name: {"layer": part.layer, "filters": [_filters(f) for f in part.filters]}
-        for field in fields(heads)
-        if (part := getattr(heads, field.name)) is not None
-    }
-
-
 def _heads(stored: Mapping[str, Any] | None) -> Heads | None:
     if stored is None:
         return None
@@ -191,10 +185,8 @@ def _heads(stored: Mapping[str, Any] | None) -> Heads | None:
     )
 
 
-def _filters(filters: range | tuple[int, ...] | None) -> Any:
-    if isinstance(filters, range):
-        return {"range": [filters.start, filters.stop, filters.step]}
-    return filters
+def _of_range(filters: range) -> dict[str, Any]:
+    return {"range": [filters.start, filters.stop, filters.step]}
 
 
 def _library(module: str) -> Any:
