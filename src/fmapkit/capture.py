@@ -96,6 +96,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             the pass takes a path that is known, else when the pass ends. `fmapkit.analysis` has
             some. What `update` raises is raised by the model's call.
         dtype: store floating-point maps in this dtype: a copy, in buffers that are used again.
+            Values out of its range (of float16: beyond 65,504) are infinite in it.
         device: store maps there. From a GPU to "cpu", copies travel beside the model's work, and
             reading a map waits for its own. Where a map is there already, nothing is copied.
         max_bytes: how many bytes the maps may take, looked at as each pass ends.
