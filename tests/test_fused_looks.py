@@ -214,3 +214,41 @@ def test_the_input_of_a_pass_is_not_kept() -> None:
             model(x)
         del x
         assert all(torch._C._storage_Use_Count(s._cdata) <= 2 for s in gone)
+
+
+class OwnNorm(nn.LayerNorm):
+    """Its class has what the instances of torch's have."""
+
+    eps = 1e-5
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        del self.eps
+
+
+class Averaged(nn.Linear):
+    """Its weight is one of two."""
+
+    average = False
+    weight = property(lambda self: self._parameters["mean" if Averaged.average else "weight"])
+
+
+def test_a_part_has_code_of_its_own() -> None:
+    model = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval()
+    model.norm1, model.norm2 = OwnNorm(), OwnNorm()
+    model.linear1.mean = nn.Parameter(torch.randn(32, WIDTH))
+    model.linear1.__class__ = Averaged
+    switches = [0, 0, 0, 1, 1, 0, 2, 2, 3, 0]
+    inputs = _inputs(len(switches))
+    try:
+        with torch.no_grad():
+            want = []
+            for switch, x in zip(switches, inputs, strict=True):
+                OwnNorm.eps, Averaged.average = (0.5 if switch & 1 else 1e-5), bool(switch & 2)
+                want.append(model(x))
+            with capture(model):
+                for switch, x, y in zip(switches, inputs, want, strict=True):
+                    OwnNorm.eps, Averaged.average = (0.5 if switch & 1 else 1e-5), bool(switch & 2)
+                    assert torch.equal(model(x), y)
+    finally:
+        OwnNorm.eps, Averaged.average = 1e-5, False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -42,6 +43,7 @@ _AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
 _CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
+_OPERATORS = type(torch.ops.aten.neg), type(torch.ops.aten.neg.default)
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
 NO_KEYS = (dict,)
 _YES, _NO = (bool, True), (bool, False)
@@ -230,6 +232,27 @@ def _class_told_by(kind: type) -> Any:
     return None if each else class_of(kind)
 
 
+def _itself(function: Any) -> Any:
+    """A method of a class in C, or an operator: there is one of each."""
+    return function
+
+
+def _wrapper(function: Any) -> Any:
+    """A method in C with what it is bound to: the call of a function, say."""
+    return _callable(function.__self__), function.__name__
+
+
+def _getter(function: Any) -> Any:
+    """What gets items or attributes, or calls a method, of whatever it is given."""
+    kind, given = function.__reduce__()
+    return kind, flat(given)
+
+
+def _around(function: Any) -> Any:
+    """A callable in C around another one, which it may not run each time it is called."""
+    return type(function), _callable(function.__wrapped__)
+
+
 def _partial(function: Any) -> Any:
     """A function with some of its arguments."""
     arguments = flat(function.args), flat(function.keywords)
@@ -257,6 +280,11 @@ CALLABLES: dict[type, Callable[[Any], Any]] = {
     _BUILTIN: item_of_builtin,
     types.MethodType: _method,
     functools.partial: _partial,
+    **dict.fromkeys((types.MethodDescriptorType, types.WrapperDescriptorType), _itself),
+    **dict.fromkeys((*_OPERATORS, np.ufunc), _itself),
+    types.MethodWrapperType: _wrapper,
+    **dict.fromkeys((type(functools.cache(len)), staticmethod), _around),
+    **dict.fromkeys((operator.attrgetter, operator.itemgetter, operator.methodcaller), _getter),
 }
 # 1, 1.0 and True are equal.
 ITEM_OF: dict[type, Callable[[Any], Any]] = {

@@ -265,8 +265,11 @@ def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
 
 
 def _says_nothing(append: Callable[[Any], None], function: Any) -> bool:
-    """Whether what a function gives back needs no look: it is a class, or nobody records."""
-    return append is _NOTHING or function is None or issubclass(type(function), type)
+    """Note what code in C is about to call; whether what that gives back needs no look."""
+    if append is _NOTHING or function is None:
+        return True
+    called(append, function)
+    return issubclass(type(function), type)
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:

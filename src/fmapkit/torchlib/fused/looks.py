@@ -24,6 +24,7 @@ from fmapkit.torchlib.tensor_spec import autocasting
 # An encoder decides by its data, and a subclass by whatever its code says.
 _LAYERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _PLAIN = frozenset({type(None), bool, int, float})
+_TORCHS = "torch.nn.modules."
 _type = operator.attrgetter("dtype", "device", "__class__")
 
 
@@ -75,7 +76,7 @@ class _Look:
 
     Attributes:
         lasts: it would call the same kernel again. What it has made of its arguments, as one mask
-            of two, it makes anew each time.
+            of two, it makes anew each time; and code of others may give it other attributes.
     """
 
     def __init__(self, kernel: FusedKernel, form: Any, given: Sequence[Any]) -> None:
@@ -96,6 +97,7 @@ class _Look:
         self._weights = [a for a in self._args if isinstance(a, Tensor)]
         self._types = list(map(_type, self._weights))
         self.lasts = not kernel.kwargs and all(id(w) in own for w in self._weights)
+        self.lasts = self.lasts and all(type(m).__module__.startswith(_TORCHS) for m in inside)
 
     def holds(self, form: Any) -> bool:
         """Whether a call of a form would do the same."""
