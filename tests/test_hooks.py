@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
@@ -116,3 +118,67 @@ def test_what_was_hooked_for_a_while_is_replayed_again(
             assert len(maps) == 4
             assert not traced or n < 8
         assert not maps.missed
+
+
+class HookedForAWhile(nn.Module):
+    """Steers a nonlinearity by a hook that is there while its forward runs."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.fc, self.act, self.out = nn.Linear(4, 4), nn.ReLU(inplace), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        handle = self.act.register_forward_hook(lambda module, args, output: output + 1)
+        y = self.act(self.fc(x))
+        handle.remove()
+        z: Tensor = self.out(y)
+        return z
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_hook_that_is_set_in_the_forward(inplace: bool, mode: Any) -> None:
+    model, lost = HookedForAWhile(inplace), 0
+    with mode(), capture(model) as maps:
+        for _ in range(6):
+            x = torch.randn(2, 4)
+            model(x)
+            if not maps:
+                lost += 1
+                assert maps.missed
+                continue
+            z = F.linear(x, model.fc.weight, model.fc.bias)
+            assert torch.equal(maps["fc", "preactivation"].tensor, z)
+            assert torch.equal(maps["fc", "activation"].tensor, z.relu())
+    assert lost < 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_that_were_taken_off_are_put_back(inplace: bool, before: bool, whole: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace), nn.Linear(4, 4))
+    act, lost = model[1], 0
+    if before:
+        act.register_forward_pre_hook(lambda module, args: args[0] + 1)
+    else:
+        act.register_forward_hook(lambda module, args, output: output + 1)
+    name = "_forward_pre_hooks" if before else "_forward_hooks"
+    hooks = getattr(act, name)
+    setattr(act, name, OrderedDict())
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(8):
+            if n == 4 and whole:
+                setattr(act, name, hooks)
+            elif n == 4:
+                getattr(act, name).update(hooks)
+            x = torch.randn(2, 4)
+            model(x)
+            if not maps:
+                lost += 1
+                assert maps.missed
+                continue
+            z = F.linear(x, model[0].weight, model[0].bias) + (before and n >= 4)
+            assert torch.equal(maps["0", "preactivation"].tensor, z)
+            assert torch.equal(maps["0", "activation"].tensor, z.relu())
+    assert lost < 2

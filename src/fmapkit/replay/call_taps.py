@@ -50,18 +50,19 @@ _functional = vars(nn.functional)
 class CallTap(CallOverride):
     """Does a `HookTap`'s work in the usual case, and has that tap do it in any other."""
 
-    __slots__ = ("line", "tap", "theirs")
+    __slots__ = ("ends", "line", "tap", "theirs")
 
     def __init__(self, module: nn.Module, tap: HookTap) -> None:
         self.module = module
         self.tap = tap
         self.owner = tap.owner
         self.line = tap.line
-        self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
+        # None yet; one that is set now may change what z is, or what is returned in place of a.
+        self.theirs, self.ends = module._forward_pre_hooks, module._forward_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or _before) and self.moved()):
+        if cell is None or ((self.theirs or self.ends or _before or _after) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
         output = self.inner(*args, **kwargs)
@@ -85,11 +86,11 @@ class CallTap(CallOverride):
         return output
 
     def moved(self) -> bool:
-        """Whether hooks that others have set may change what the module is given, in this thread.
+        """Whether hooks of others may change what it is given, or returns, in this thread.
 
         A block in another thread sets its own on the same modules; here they do nothing.
         """
-        return bool(_before) or _hooked(self.theirs)
+        return bool(_before or _after) or _hooked(self.theirs) or _hooked(self.ends)
 
     @passed_over
     def otherwise(self, args: Any, kwargs: Any) -> Any:
@@ -139,9 +140,7 @@ class OutputCallTap(CallTap):
 class KeepingCallTap(CallTap):
     """The same for a module that is an in-place nonlinearity: z is kept as it was."""
 
-    __slots__ = (
-        *("_apart", "_count", "_ends", "_forward", "_function", "_name", "_sigma", "_varies"),
-    )
+    __slots__ = (*("_apart", "_count", "_forward", "_function", "_name", "_sigma", "_varies"),)
 
     def __init__(self, module: nn.Module, tap: HookTap) -> None:
         super().__init__(module, tap)
@@ -151,7 +150,6 @@ class KeepingCallTap(CallTap):
         self._forward = type(module).forward
         self._name = next((n for n in self._forward.__code__.co_names if n in _functional), "")
         self._function = _functional.get(self._name)
-        self._ends = module._forward_hooks  # none yet, as of what it is given
         # Whether there is more to σ than its name: a slope, say, which may change at any time.
         self._varies = not module.__dict__.keys() <= _OF_EACH
         self._count = len(module.__dict__.keys() | {"_compiled_call_impl"})
@@ -164,7 +162,7 @@ class KeepingCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or self._ends or _before or _after) and self.moved()):
+        if cell is None or ((self.theirs or self.ends or _before or _after) and self.moved()):
             return self.otherwise(args, kwargs)
         note, _, wanted, drop, fresh = cell
         module = self.module
@@ -197,10 +195,6 @@ class KeepingCallTap(CallTap):
         note((module, x, version, z, 0, False))
         drop(None)
         return x
-
-    def moved(self) -> bool:
-        """The same, and what it returns: σ alone would run here, and none of their hooks."""
-        return super().moved() or bool(_after) or _hooked(self._ends)
 
     def _slowly(self, args: Any, kwargs: Any) -> Any:
         """The same where maps share memory, or no version is counted; else z is copied."""

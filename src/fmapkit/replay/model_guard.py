@@ -28,6 +28,7 @@ from fmapkit.torchlib.nested import modules_in
 _FORWARD = repeat("forward")
 _MODULES = itemgetter("_modules")
 _forward = attrgetter("forward")
+_forward_hooks, _forward_pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
 _attributes = attrgetter("__dict__")
 
 
@@ -56,6 +57,8 @@ class ModelGuard:
         self._classes = list(set(self._types))
         self._forwards = list(map(_forward, self._classes))
         self._attributes = [m.__dict__ for m in self._watched]
+        self._forward_hooks = list(map(_forward_hooks, self._watched))
+        self._forward_pre_hooks = list(map(_forward_pre_hooks, self._watched))
         self._dicts = DictWatch([*self._homes, *self._parents, *self._attributes])
         # What stood before each module's call, when last looked; none is to be kept alive by that.
         self._there: list[weakref.ref[Any] | None] = []
@@ -132,7 +135,7 @@ class ModelGuard:
         )
 
     def _rearranged(self) -> bool:
-        """Whether modules came, went, or got a forward of their own."""
+        """Whether modules came, went, or got a forward or a dict of hooks of their own."""
         parents = self._parents
         return (
             any(map(is_not, map(_MODULES, self._homes), parents))
@@ -140,6 +143,8 @@ class ModelGuard:
             or list(chain.from_iterable(parents)) != self._keys
             or list(chain.from_iterable(map(self._values, parents))) != self._children
             or any(map(dict.__contains__, self._attributes, _FORWARD))
+            or any(map(is_not, map(_forward_hooks, self._watched), self._forward_hooks))
+            or any(map(is_not, map(_forward_pre_hooks, self._watched), self._forward_pre_hooks))
         )
 
     def rid(self) -> bool:
