@@ -278,3 +278,62 @@ def test_what_is_held_of_it() -> None:
             assert torch.equal(z.tensor, before + x)
             assert torch.equal(a.tensor, torch.tanh(before + x))
             assert a.tensor.data_ptr() == case.kept().data_ptr()
+
+
+class OfItsClass(nn.Dropout):
+    """Whether it works in place says its class."""
+
+    inplace = False
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p)
+        del self.inplace
+
+
+class InASlot(nn.Dropout):
+    """The same lies in no dict."""
+
+    __slots__ = ("inplace",)
+
+
+def _of_class(module: Any, inplace: bool) -> None:
+    type(module).inplace = inplace
+
+
+def _of_object(module: Any, inplace: bool) -> None:
+    module.inplace = inplace
+
+
+def _of_numpy(module: Any, inplace: bool) -> None:
+    module.inplace = np.bool_(inplace)
+
+
+def _filled(module: Any, inplace: bool) -> None:
+    module.inplace.fill_(inplace)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("make", "switch"),
+    [
+        (lambda: OfItsClass(0.5), _of_class),
+        (lambda: InASlot(0.5), _of_object),
+        (lambda: nn.Dropout(0.5, np.bool_(False)), _of_numpy),
+        (lambda: nn.Dropout(0.5, torch.tensor(False)), _filled),
+    ],
+    ids=["class", "slot", "numpy", "tensor"],
+)
+def test_torchs_own_code_decides_by_what_is_no_plain_attribute(
+    make: Callable[[], nn.Module], switch: Callable[[Any, bool], None], mode: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), make(), nn.Linear(4, 4))
+    try:
+        with mode(), capture(model) as maps:
+            for n in range(8):
+                switch(model[2], n > 3)
+                x = torch.randn(2, 4)
+                model(x)
+                a = torch.tanh(nn.functional.linear(x, model[0].weight, model[0].bias))
+                assert torch.equal(maps["0", "activation"].tensor, a)
+    finally:
+        switch(model[2], False)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -214,6 +215,26 @@ _STEADY = (
 def _is_steady(kind: type[nn.Module], forward: Any) -> bool:
     """Whether a class, with the forward that it has now, is one of these."""
     return issubclass(kind, _STEADY) and _runs_torchs(forward)
+
+
+def hides_attributes(module: nn.Module) -> bool:
+    """Whether torch's own code decides by an attribute of a module that nobody can compare.
+
+    It is its class's, or lies in a slot, or is a number of NumPy's or a tensor.
+    """
+    kind: Any = type(module)
+    if not _runs_torchs(kind.forward) or _is_steady(kind, kind.forward):
+        return False
+    values = [module.__dict__.get(name, _NONE) for name in _read_by(kind, kind.forward)]
+    return any(v is _NONE or isinstance(v, (np.generic, torch.Tensor)) for v in values)
+
+
+@remembered
+def _read_by(kind: type[nn.Module], forward: Any) -> frozenset[str]:
+    """The attributes that a forward of torch's own decides by, which is that of a class."""
+    home = next((b for b in kind.__mro__ if vars(b).get("forward") is forward), kind)
+    constants: Any = getattr(home, "__constants__", ())
+    return frozenset(("training", *constants)).intersection(forward.__code__.co_names)
 
 
 def _plain_attributes(module: nn.Module) -> list[str]:

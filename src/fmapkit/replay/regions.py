@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import KnownPaths, Sizes
-from fmapkit.replay.attribute_guard import AttributeGuard, calls_torchs
+from fmapkit.replay.attribute_guard import AttributeGuard, calls_torchs, hides_attributes
 from fmapkit.replay.input_truths import InputTruths, OwnTensors, Truths
 from fmapkit.replay.kept_state import KeptState
 from fmapkit.replay.plan import Plan, alike
@@ -234,7 +234,7 @@ class ReplayRegions:
             return False
         if module in self._opened or module in self._by_data[self._training]:
             return False
-        return not (is_compiled(module) or self._has_unrecorded(module))
+        return not (is_compiled(module) or self._has_unrecorded(module) or hides_attributes(module))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a region: not inside a module that may be one σ or layer itself."""
