@@ -337,3 +337,72 @@ def test_torchs_own_code_decides_by_what_is_no_plain_attribute(
                 assert torch.equal(maps["0", "activation"].tensor, a)
     finally:
         switch(model[2], False)
+
+
+def _storage(h: Tensor) -> Callable[[], Tensor]:
+    memory = h.untyped_storage()
+    return lambda: torch.empty(0).set_(memory, 0, h.shape)
+
+
+def _dlpack(h: Tensor) -> Callable[[], Tensor]:
+    other = torch.from_dlpack(h)
+    return lambda: other
+
+
+def _capsule(h: Tensor) -> Callable[[], Tensor]:
+    other = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(h))
+    return lambda: other
+
+
+def _array(h: Tensor) -> Callable[[], Tensor]:
+    other = np.from_dlpack(h)  # type: ignore[arg-type]
+    return lambda: torch.as_tensor(other)
+
+
+SHARED = [_storage, _dlpack, _capsule, _array]
+
+
+class Shares(nn.Module):
+    """Keeps the memory of a tensor that is overwritten, and returns what lies there then."""
+
+    def __init__(self, share: Callable[[Tensor], Callable[[], Tensor]], function: bool) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
+        self.share, self.function = share, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x).detach()
+        there = self.share(h)
+        if self.function:
+            torch.relu_(h)
+        else:
+            self.act(h)
+        return there().clone()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("share", SHARED)
+def test_memory_that_was_handed_out(share: Any, function: bool, mode: Any) -> None:
+    model = Shares(share, function)
+    with mode(), capture(model) as maps:
+        for _ in range(6):
+            x = torch.randn(2, 4)
+            z = F.linear(x, model.fc.weight, model.fc.bias)
+            assert torch.equal(model(x), z.relu())
+            assert torch.equal(maps["fc", "preactivation"].tensor, z)
+            assert torch.equal(maps["fc", "activation"].tensor, z.relu())
+
+
+@pytest.mark.parametrize("share", SHARED)
+def test_memory_of_an_input_that_was_handed_out(share: Any) -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    x = torch.zeros(2, 4)
+    there = share(x)
+    with torch.no_grad(), capture(model):
+        for _ in range(6):
+            new = torch.randn(2, 4)
+            there().copy_(new)
+            y = model(x)
+            assert torch.equal(y, F.linear(new.relu(), model[1].weight, model[1].bias))
+            assert torch.equal(there(), new.relu())

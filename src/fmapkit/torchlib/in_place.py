@@ -9,6 +9,7 @@ or where the tensor is part of an autograd graph, z is copied, and σ runs as th
 from __future__ import annotations
 
 from collections.abc import Callable
+from sys import getrefcount
 from typing import Any, TypeGuard
 
 import torch
@@ -91,7 +92,19 @@ def _has_own_memory(z: Tensor, ours: int) -> bool:
     # The handle just made is one of the users. NumPy's memory, say, is not resizable.
     if _users_of is None or _users_of(storage._cdata) != 2 + ours or not storage.resizable():
         return False
+    # DLPack holds the tensor itself, and somebody may have the very handle.
+    if z._use_count() != 1 or getrefcount(storage) != _OURS_ALONE:  # type: ignore[attr-defined]
+        return False
     return not storage.is_shared() or z.is_cuda  # there, torch takes all for shared
+
+
+def _references(z: Tensor) -> int:
+    """How many there are to the handle of a tensor's memory, of which nobody else has one."""
+    storage = z.untyped_storage()
+    return getrefcount(storage)
+
+
+_OURS_ALONE = _references(torch.empty(0))
 
 
 def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
