@@ -6,6 +6,7 @@ return, what they keep and what a hand-made copy of z says must be equal, bit fo
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fmapkit import capture
 from tests.checks import strayed
 
 STATE = torch.empty(4, 4)
+F4 = ("linear", (2, 4))
 
 
 @dataclass
@@ -406,3 +408,95 @@ def test_memory_of_an_input_that_was_handed_out(share: Any) -> None:
             y = model(x)
             assert torch.equal(y, F.linear(new.relu(), model[1].weight, model[1].bias))
             assert torch.equal(there(), new.relu())
+
+
+class Axis(enum.IntEnum):
+    """Where to flatten from."""
+
+    PIXELS, ALL = 2, 1
+
+
+@pytest.mark.parametrize(
+    ("module", "before", "after", "first", "shape"),
+    [
+        (nn.AdaptiveAvgPool2d(1), {"output_size": 1}, {"output_size": 2}, "conv", (2, 4, 8, 8)),
+        (nn.Conv2d(4, 4, 1, 8), {"stride": (8, 8)}, {"stride": (4, 4)}, "conv", (2, 4, 8, 8)),
+        (
+            nn.Unflatten(1, (16, 1)),
+            {"unflattened_size": [16, 1]},
+            {"unflattened_size": [1, 16]},
+            *F4,
+        ),
+        (
+            nn.Flatten(2),
+            {"start_dim": np.int64(2)},
+            {"start_dim": np.int64(1)},
+            "conv",
+            (2, 4, 3, 3),
+        ),
+        (nn.Flatten(2), {"start_dim": Axis.PIXELS}, {"start_dim": Axis.ALL}, "conv", (2, 4, 3, 3)),
+    ],
+    ids=["pool", "stride", "list", "numpy", "member"],
+)
+def test_a_setting_says_where_the_filters_are(
+    module: Any, before: dict[str, Any], after: dict[str, Any], first: str, shape: Any
+) -> None:
+    """The axis is that of a new block's, or there is none."""
+    layer = nn.Conv2d(4, 4, 1) if first == "conv" else nn.Linear(4, 16)
+    flat = [nn.Flatten()] if isinstance(module, (nn.AdaptiveAvgPool2d, nn.Conv2d)) else []
+    model = nn.Sequential(layer, module, *flat, nn.ReLU())
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(8):
+            for name, value in (before if n < 4 else after).items():
+                setattr(module, name, value)
+            model(torch.randn(shape))
+        told = [fm.filter_dim for fm in maps.select(kind="activation")]
+    with torch.no_grad(), capture(model, max_bytes=10**9) as fresh:
+        model(torch.randn(shape))
+        want = [fm.filter_dim for fm in fresh.select(kind="activation")]
+    assert told == want
+
+
+GIVEN: list[Tensor] = []
+
+
+class FromElsewhere(nn.Module):
+    """Its input is a global."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self) -> Tensor:
+        return torch.relu(self.conv(GIVEN[0]).flatten(1))
+
+
+def test_a_layer_has_no_more_filters_than_it_has() -> None:
+    model = FromElsewhere()
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(8):
+            GIVEN[:] = [torch.randn(2, 4, *((1, 1) if n < 4 else (3, 3)))]
+            model()
+            (a,) = maps.select(kind="activation")
+            assert a.filter_dim == (1 if n < 4 else None)
+
+
+class Called(nn.Identity):
+    """Its class gets a `__call__` later on."""
+
+
+def test_a_class_gets_a_call_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Called(), nn.Linear(4, 4))
+    try:
+        with torch.no_grad(), capture(model) as maps:
+            for n in range(8):
+                if n == 4:
+                    Called.__call__ = lambda self, x: torch.relu(x)  # type: ignore[method-assign]
+                x = torch.randn(2, 4)
+                model(x)
+                z = F.linear(x, model[0].weight, model[0].bias)
+                assert torch.equal(maps["0", "preactivation"].tensor, z)
+                if n >= 4:
+                    assert torch.equal(maps["0", "activation"].tensor, z.relu())
+    finally:
+        del Called.__call__

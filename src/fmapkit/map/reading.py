@@ -34,7 +34,7 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         error.about(layer=origin.name, kind=entry.kind, call=origin.call, step=at.step)
         raise
     if axes is not None and entry.picked is None and type(tensor) is Tensor:
-        axes = axes.fitted(tensor.shape)
+        axes = axes.fitted(tensor.shape, origin.made.axes if origin.made is not None else None)
     dim = axes.dim if axes is not None else None
     filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
     if entry.picked is not None:

@@ -95,10 +95,13 @@ class ChannelLayout:
         part = self.parts[0]
         return range(self.offset, self.offset + part.size * part.stride, part.stride)
 
-    def fitted(self, shape: Sequence[int]) -> ChannelLayout | None:
+    def fitted(
+        self, shape: Sequence[int], every: ChannelLayout | None = None
+    ) -> ChannelLayout | None:
         """The same on a tensor with more of them, or fewer; None where they cannot be told then.
 
-        A layer without weights has as many filters as it is given, a norm for one.
+        A layer without weights has as many filters as it is given, a norm for one. Of any other,
+        there are no more than `every` one.
         """
         if self.fit(shape):
             return self
@@ -107,6 +110,8 @@ class ChannelLayout:
             or self.dim >= len(shape)
             or self != ChannelLayout.single(self.dim, self.parts[0].size)
         ):
+            return None
+        if every is not None and shape[self.dim] > math.prod(part.size for part in every.parts):
             return None
         return ChannelLayout.single(self.dim, shape[self.dim])
 

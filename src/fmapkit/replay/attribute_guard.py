@@ -7,6 +7,7 @@ where an attribute is another one than before, it is better to know that beforeh
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import operator
@@ -31,6 +32,7 @@ _PLAIN = frozenset(
     }
 )
 _SIMPLE = _PLAIN - {tuple}
+_ROWS = frozenset({list, torch.Size})  # of modules of torch's, which have sizes there
 _NONE = object()
 
 
@@ -184,6 +186,8 @@ def _equal(now: list[Any], known: list[Any]) -> bool:
 def _comparable(value: Any) -> Any:
     """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
     kind = type(value)
+    if kind in _ROWS:
+        return kind, *map(_comparable, value)
     if kind is tuple:
         return value if _SIMPLE.issuperset(map(type, value)) else tuple(map(_comparable, value))
     return value if kind in _PLAIN else kind
@@ -220,13 +224,13 @@ def _is_steady(kind: type[nn.Module], forward: Any) -> bool:
 def hides_attributes(module: nn.Module) -> bool:
     """Whether torch's own code decides by an attribute of a module that nobody can compare.
 
-    It is its class's, or lies in a slot, or is a number of NumPy's or a tensor.
+    It is its class's, or lies in a slot, or is a number of NumPy's, a tensor or a member.
     """
     kind: Any = type(module)
     if not _runs_torchs(kind.forward) or _is_steady(kind, kind.forward):
         return False
     values = [module.__dict__.get(name, _NONE) for name in _read_by(kind, kind.forward)]
-    return any(v is _NONE or isinstance(v, (np.generic, torch.Tensor)) for v in values)
+    return any(v is _NONE or isinstance(v, (np.generic, torch.Tensor, enum.Enum)) for v in values)
 
 
 @remembered
@@ -243,5 +247,6 @@ def _plain_attributes(module: nn.Module) -> list[str]:
     if type(kind.forward) is types.FunctionType and _is_steady(kind, kind.forward):
         return ["padding_mode"] if "padding_mode" in module.__dict__ else []
     own = module.__dict__
-    names = [k for k in own_names(tuple(own)) if type(own[k]) in _PLAIN]
+    kinds = _PLAIN | _ROWS if _runs_torchs(kind.forward) else _PLAIN
+    names = [k for k in own_names(tuple(own)) if type(own[k]) in kinds]
     return ["training", *names] if type(own.get("training", _NONE)) in _PLAIN else names

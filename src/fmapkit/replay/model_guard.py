@@ -27,7 +27,7 @@ from fmapkit.torchlib.nested import modules_in
 
 _FORWARD = repeat("forward")
 _MODULES = itemgetter("_modules")
-_forward = attrgetter("forward")
+_forward, _call = attrgetter("forward"), attrgetter("__call__")
 _forward_hooks, _forward_pre_hooks = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
 _attributes = attrgetter("__dict__")
 
@@ -56,6 +56,7 @@ class ModelGuard:
         self._types = list(map(type, self._watched))
         self._classes = list(set(self._types))
         self._forwards = list(map(_forward, self._classes))
+        self._class_calls = list(map(_call, self._classes))
         self._attributes = [m.__dict__ for m in self._watched]
         self._forward_hooks = list(map(_forward_hooks, self._watched))
         self._forward_pre_hooks = list(map(_forward_pre_hooks, self._watched))
@@ -128,6 +129,7 @@ class ModelGuard:
             list(map(type, self._watched)) != self._types
             or any(map(is_not, map(_attributes, self._watched), self._attributes))
             or any(map(is_not, map(_forward, self._classes), self._forwards))
+            or any(map(is_not, map(_call, self._classes), self._class_calls))
             or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
             or (written and ever_compiled() and self._compiled != self._compiled_calls())
