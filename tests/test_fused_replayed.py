@@ -746,11 +746,11 @@ class Hinted(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["hinted", "raises", "nested"])
+@pytest.mark.parametrize("name", ["hinted", "nested"])
 def test_the_ordinary_path_alone_raises(name: str) -> None:
     """It runs for its maps: what it raises, the model does not."""
     torch.manual_seed(0)
-    model = {"hinted": Hinted(), "raises": _layer(activation=Raises()), "nested": _layer()}[name]
+    model = {"hinted": Hinted(), "nested": _layer()}[name]
     bare = copy.deepcopy(model.eval())
     with capture(model) as maps:
         for number in range(4):
@@ -764,6 +764,40 @@ def test_the_ordinary_path_alone_raises(name: str) -> None:
             if name == "hinted":
                 assert maps["head"].shape == (2, 4, 4)
     assert any(m.why is Reason.FUSED_PATH_ALONE for m in maps.missed)
+
+
+class Counting(nn.Linear):
+    """Counts its calls, of which torch's kernel makes none."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sigma", "linear", "object", "attention"])
+def test_code_inside_that_torch_leaves_out(name: str) -> None:
+    """It does not run for the maps, which are not there, and said to be not."""
+    torch.manual_seed(0)
+    layer = _layer(activation=Raises()) if name == "sigma" else _layer()
+    if name == "linear":
+        layer.linear1.__class__ = Counting
+    elif name == "object":
+        layer.norm1.forward = Raises().forward  # type: ignore[method-assign]
+    elif name == "attention":
+        layer.self_attn.__class__ = OwnAttention
+    model = nn.Sequential(layer, nn.Linear(WIDTH, 4)).eval()
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for _ in range(5):
+            x = torch.randn(2, 4, WIDTH)
+            assert torch.equal(model(x), bare(x))
+            assert [fm.layer for fm in maps] == ["1"]
+    assert not getattr(layer.linear1, "calls", 0)
+    (missed,) = maps.missed
+    assert (missed.layer, missed.why) == ("0", Reason.FUSED_PATH_OWN_CODE)
 
 
 class Noisy(nn.ReLU):

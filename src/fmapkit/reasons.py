@@ -38,6 +38,10 @@ class Reason(Enum):
         "torch runs it as one fused kernel here, whose inside nobody can see: run unfused, for its "
         "maps, the same layer raised {error}, and has those alone that came before"
     )
+    FUSED_PATH_OWN_CODE = (
+        "torch runs it as one fused kernel here, which leaves out the code of {names}: that would "
+        "run for the maps alone, so there are none of what is inside"
+    )
     FUSED_PATH_EDITED = (
         "torch runs it as one fused kernel here, in which nothing can be edited: for the edit it "
         "ran unfused, which differs from the fused one in the last bits, also where nothing was "

@@ -229,7 +229,8 @@ def hides_attributes(module: nn.Module) -> bool:
     kind: Any = type(module)
     if not _runs_torchs(kind.forward) or _is_steady(kind, kind.forward):
         return False
-    values = [module.__dict__.get(name, _NONE) for name in _read_by(kind, kind.forward)]
+    names = _read_by(kind, kind.forward).difference(module._modules, module._parameters)
+    values = [module.__dict__.get(name, _NONE) for name in names.difference(module._buffers)]
     return any(v is _NONE or isinstance(v, (np.generic, torch.Tensor, enum.Enum)) for v in values)
 
 

@@ -21,13 +21,13 @@ from torch import nn
 
 from fmapkit.instrumentation import Hooks, Returned
 from fmapkit.missed import RAISED, Reason
-from fmapkit.provenance import describe
+from fmapkit.provenance import STOP, describe
 from fmapkit.replay import KernelSteps
 from fmapkit.session.state import PassState
 from fmapkit.torchlib.fused.kernels import FusedKernel, KernelMaps
 from fmapkit.torchlib.fused.looks import FusedLooks
 from fmapkit.torchlib.fused.ordinary import OrdinaryPath
-from fmapkit.torchlib.fused.paths import beside, may_fuse, runners
+from fmapkit.torchlib.fused.paths import beside, code_inside, may_fuse, runners
 from fmapkit.torchlib.modes import leave_mode, push_mode
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.tracing import FusedCall, PassTrace
@@ -48,6 +48,8 @@ class _Call:
         alone: nobody else has to see the ordinary path.
         drawn: puts the random numbers back to where the fused path had ended, since the ordinary
             one may draw some; None where others do that, too.
+        own: the modules inside with code of the user's, which the fused path leaves out. So the
+            ordinary one does not run.
     """
 
     module: nn.Module
@@ -59,6 +61,12 @@ class _Call:
     before: tuple[int, int] = (0, 0)
     alone: bool = False
     drawn: ExitStack | None = None
+    own: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing more is to run."""
+        return self.steps is not None or bool(self.own)
 
 
 def _as_drawn(output: Any) -> ExitStack:
@@ -142,7 +150,7 @@ class FusedPaths:
         if call is None:
             return function(*args, **kwargs)
         output = call.output
-        if call.steps is None:
+        if not call.whole:
             try:
                 output = function(*args, **kwargs)
             except BaseException as error:
@@ -163,7 +171,7 @@ class FusedPaths:
             return None
         alone = not (self._hooks.any_on(module) or self._hooks.others_on(module))
         call = self._begin(type(module).forward, module, args, kwargs, alone)
-        return Returned(call.output) if call is not None and call.steps is not None else None
+        return Returned(call.output) if call is not None and call.whole else None
 
     def _begin(
         self, forward: Any, module: nn.Module, args: Any, kwargs: Any, may_skip: bool
@@ -189,7 +197,8 @@ class FusedPaths:
             self._call = call
             if call is not None:
                 self.module = module
-                beside.add(live.thread)
+                if not call.own:
+                    beside.add(live.thread)
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
             elif call is not None and call.steps and call.maps is not None and run is not None:
@@ -210,6 +219,9 @@ class FusedPaths:
             may_skip: nobody else has to see the ordinary path.
         """
         live, module, edits = self._live, kernel.module, self._edits
+        own = tuple(map(self._names.of, code_inside(module))) if not edits else ()
+        if own:
+            return _Call(module, kernel(), edits.runs, own=own)
         if edits or self._attention:
             output = kernel()
             drawn = _as_drawn(output) if may_skip and not edits else None
@@ -264,17 +276,23 @@ class FusedPaths:
             error = f"{type(broken).__name__}: {broken}"
             self._misses.add(self._names.of(call.module), Reason.FUSED_PATH_ALONE.text(error=error))
             return call.output
-        if call.steps is not None:
+        trace = self._live.tracer.trace if self._live.tracer and not self._live.run else None
+        if call.own:
+            reason = Reason.FUSED_PATH_OWN_CODE.text(names=", ".join(call.own))
+            self._misses.add(self._names.of(call.module), reason)
+            if trace is not None:
+                for _, theirs in leaves(call.output):
+                    trace.labels.put(theirs, STOP)
+        if call.whole:
             return call.output
         edited = self._edits.runs != call.edits
-        trace = self._live.tracer.trace if self._live.tracer and not self._live.run else None
         if trace is not None and not edited and not failed:
             for (_, ours), (_, theirs) in zip(leaves(output), leaves(call.output), strict=False):
                 trace.labels.put(theirs, trace.labels.of(ours))
             if self._is_shown(call, trace):
                 return call.output
-        reason = Reason.FUSED_PATH_EDITED if edited else Reason.FUSED_PATH
-        self._misses.add(self._names.of(call.module), reason.text())
+        why = Reason.FUSED_PATH_EDITED if edited else Reason.FUSED_PATH
+        self._misses.add(self._names.of(call.module), why.text())
         return output if edited or failed else call.output
 
     def _is_shown(self, call: _Call, trace: PassTrace) -> bool:

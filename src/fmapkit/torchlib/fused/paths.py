@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit.torchlib.fused.kernels import FusedKernel, kernel_runners
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
@@ -127,6 +128,22 @@ def fusing_of(module: nn.Module) -> Callable[[Iterable[Tensor]], Any] | None:
         return torch.backends.mha.get_fastpath_enabled(), graph
 
     return told if fusing else None
+
+
+def code_inside(module: nn.Module) -> list[nn.Module]:
+    """The modules in a layer that its ordinary path calls, and that have code of somebody else's.
+
+    Those by which a weight is computed run for either path.
+    """
+    parts = [part for part in modules_in(module) if part is not module]
+    lists = [part for part in parts if isinstance(part, ParametrizationList)]
+    computing = {part for each in lists for part in modules_in(each)}
+    return [
+        part
+        for part in parts
+        if part not in computing
+        and (not type(part).__module__.startswith("torch.") or "forward" in part.__dict__)
+    ]
 
 
 def may_fuse(module: nn.Module) -> bool:
