@@ -60,6 +60,8 @@ def is_alone(z: Any, ours: int = 0) -> bool:
         return False
     if _users_of is None or someone_sees():
         return False
+    if z.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # torch refuses to write to it
     if not (z.is_cpu or z.is_cuda or z.is_mps) or z.dtype not in _DTYPES:
         return False
     # Of a part of something that no tensor has as a whole, the strides reach the rest.
