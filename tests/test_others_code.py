@@ -7,6 +7,8 @@ map is what the model's tensor was, not what that code makes of a copy.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -178,3 +180,148 @@ def test_a_weight_with_code_of_its_own_is_captured_in_every_pass() -> None:
                 (layer, sigma) for layer, _, sigma, _ in EXPECTED
             ]
     assert list(maps.missed) == []
+
+
+class Once(list[Tensor]):
+    """Gives its elements once: a stream."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while len(self):
+            yield self.pop(0)
+
+
+class Lazy(dict[str, Tensor]):
+    """Counts who looks at it."""
+
+    looks = 0
+
+    def items(self) -> Any:
+        self.looks += 1
+        return super().items()
+
+    def values(self) -> Any:
+        self.looks += 1
+        return super().values()
+
+    def __len__(self) -> int:
+        self.looks += 1
+        return super().__len__()
+
+
+class TakesContainers(nn.Module):
+    """Uses up one, and tells of looks at the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, given: Any) -> Tensor:
+        x = torch.stack(list(given)).sum(0) if type(given) is Once else given["x"]
+        looks = given.looks if type(given) is Lazy else 0
+        return torch.relu(self.fc(x)) + looks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Once, Lazy])
+def test_containers_of_the_users_are_looked_at_past_their_code(kind: Any) -> None:
+    model = TakesContainers()
+    with capture(model) as maps:
+        for _ in range(6):
+            x, y = torch.randn(2, 2, 4)
+            given = Once([x, y]) if kind is Once else Lazy(x=x)
+            z = F.linear(x + y if kind is Once else x, model.fc.weight, model.fc.bias)
+            assert torch.equal(model(given), z.relu())
+            assert torch.equal(maps["fc", "activation"].tensor, z.relu())
+    assert not maps.missed
+
+
+class Compared:
+    """It is not to be compared with anything."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AttributeError("compared")
+
+    __hash__ = object.__hash__
+
+
+class Remembers(nn.Module):
+    """An attribute is None at first, and another object in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.state = nn.Linear(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = Compared()  # type: ignore[assignment]
+        return torch.relu(self.fc(x))
+
+
+@torch.no_grad()
+def test_attributes_are_compared_past_the_users_code() -> None:
+    model = Remembers()
+    with capture(model) as maps:
+        for _ in range(6):
+            model(torch.randn(2, 4))
+            assert [fm.kind for fm in maps] == ["preactivation", "activation"]
+    assert not maps.missed
+
+
+class Entered(nn.Module):
+    """Runs in what it has as an attribute."""
+
+    def __init__(self, by_stack: bool) -> None:
+        super().__init__()
+        self.fc, self.out, self.by_stack = nn.Linear(4, 4), nn.Linear(4, 4), by_stack
+        self.context: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_stack:
+            with ExitStack() as stack:
+                stack.enter_context(self.context)
+                y = self.inside(x)
+        else:
+            with self.context:
+                y = self.inside(x)
+        z: Tensor = self.out(y)
+        return z
+
+    def inside(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.fc(x))
+        self.truth = h.clone()
+        return h.float().add_(1)
+
+
+class Doubles(TorchFunctionMode):
+    """ReLU gives twice what it gives."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is torch.relu else out
+
+
+def _autocast(enabled: bool = True) -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("by_stack", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(_autocast, nullcontext), (_autocast, lambda: _autocast(False)), (nullcontext, Doubles)],
+    ids=["none", "off", "a mode"],
+)
+def test_what_a_with_statement_enters_is_exchanged(
+    before: Any, after: Any, by_stack: bool, mode: Any
+) -> None:
+    model, lost = Entered(by_stack), 0
+    with mode(), capture(model) as maps:
+        for n in range(9):
+            model.context = before() if n < 4 else after()
+            model(torch.randn(2, 4))
+            if not maps:
+                lost += 1
+                assert maps.missed
+                continue
+            factor = 2 if after is Doubles and n >= 4 else 1
+            assert torch.equal(maps["fc", "activation"].tensor * factor, model.truth)
+    assert lost < 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         error.about(layer=origin.name, kind=entry.kind, call=origin.call, step=at.step)
         raise
     if axes is not None and entry.picked is None and type(tensor) is Tensor:
-        axes = axes.fitted(tensor.shape, origin.made.axes if origin.made is not None else None)
+        axes = axes.fitted(tensor.shape, origin.made.most if origin.made is not None else math.inf)
     dim = axes.dim if axes is not None else None
     filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
     if entry.picked is not None:

@@ -46,6 +46,7 @@ _SHARED = frozenset({type(None), types.ModuleType})
 _OPERATORS = type(torch.ops.aten.neg), type(torch.ops.aten.neg.default)
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
 NO_KEYS = (dict,)
+_SETTINGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
 _YES, _NO = (bool, True), (bool, False)
 
 _WRAPPED = (staticmethod, classmethod)
@@ -122,6 +123,10 @@ def _member(given: Any) -> Any:
     """A member of an enumeration; of flags that are set together, the name may be None."""
     own = object.__getattribute__(given, "__dict__")
     return _name_of(type(given)), own.get("_name_"), flat(own.get("_value_"), depth=1)
+
+
+class Manager:
+    """What items of context managers begin with."""
 
 
 def ignore(_: Any) -> None:
@@ -267,6 +272,19 @@ def other_callable(function: Any) -> Any:
         sink = sinks.get(ident())
         return function if sink is not None and function in sink.modules else class_of(kind)
     return class_of(function if issubclass(kind, type) else kind)
+
+
+def item_of_manager(given: Any) -> Any:
+    """A context manager: its class, and of torch's own its settings.
+
+    The code of a model's own records what it does.
+    """
+    kind = type(given)
+    if not str(kind.__module__).startswith("torch."):
+        return Manager, class_of(kind)
+    own = object.__getattribute__(given, "__dict__")
+    told = {n: v for n, v in own.items() if type(v) in _SETTINGS and not n.startswith("prev")}
+    return Manager, kind, *told.items()
 
 
 def class_of(given: Any) -> Any:

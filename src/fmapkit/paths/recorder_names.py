@@ -28,6 +28,7 @@ _TRACED_AS: dict[Any, Any] = {
     r.caught: lambda site: None,
     r.compared: lambda append, name, left, right: getattr(operator, name)(left, right),
     **dict.fromkeys((r.value, r.exact, r.index, r.indexed, r.handed, r.put, r.resumed), _last),
+    r.entered: _last,
     **dict.fromkeys((r.elements, r.unpacked, r.keys, r.ordered, r.picked, r.repeated), _last),
     **dict.fromkeys((r.keyed, r.mapped, r.ranked, r.ranking, r.called, r.chosen), _last),
     **dict.fromkeys((r.method, r.chosen_method, r.tapped, r.fusing), _last),

@@ -31,6 +31,7 @@ from fmapkit.paths.items import (
     ignore,
     item_of_builtin,
     item_of_class,
+    item_of_manager,
     other_callable,
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
@@ -174,6 +175,13 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
         else:
             idle = _records(function_at(to, name))
         append(kind if idle else (ITEM_OF.get(kind) or item_of_class(kind))(given))
+    return given
+
+
+def entered(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes what a `with` statement enters: a mode, say."""
+    if append is not _NOTHING:
+        append(item_of_manager(given))
     return given
 
 

@@ -5,6 +5,7 @@ Data only. `provenance/propagate.py` says what each torch function makes of it.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,16 @@ class Made:
     # Where the filters lie in the result; None where that is not known.
     axes: ChannelLayout | None = None
     why: str = ""  # there is no weight that could be read; empty if there is
+
+    @property
+    def most(self) -> float:
+        """How many filters the layer can have: as many as before, or as its weight has rows now."""
+        owner = self.weight.owner() if self.weight.owner is not None else None
+        if owner is None or self.axes is None or self.weight.view is not None:
+            return math.inf
+        now = owner._parameters.get(self.weight.key)
+        before = math.prod(part.size for part in self.axes.parts)
+        return max(before, *now.shape) if now is not None else math.inf
 
 
 @dataclass(slots=True, eq=False, repr=False)

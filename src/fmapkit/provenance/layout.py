@@ -95,13 +95,11 @@ class ChannelLayout:
         part = self.parts[0]
         return range(self.offset, self.offset + part.size * part.stride, part.stride)
 
-    def fitted(
-        self, shape: Sequence[int], every: ChannelLayout | None = None
-    ) -> ChannelLayout | None:
+    def fitted(self, shape: Sequence[int], most: float = math.inf) -> ChannelLayout | None:
         """The same on a tensor with more of them, or fewer; None where they cannot be told then.
 
-        A layer without weights has as many filters as it is given, a norm for one. Of any other,
-        there are no more than `every` one.
+        A layer without weights has as many filters as it is given, a norm for one. There are no
+        more than `most`.
         """
         if self.fit(shape):
             return self
@@ -111,9 +109,8 @@ class ChannelLayout:
             or self != ChannelLayout.single(self.dim, self.parts[0].size)
         ):
             return None
-        if every is not None and shape[self.dim] > math.prod(part.size for part in every.parts):
-            return None
-        return ChannelLayout.single(self.dim, shape[self.dim])
+        size = shape[self.dim]
+        return ChannelLayout.single(self.dim, size) if size <= most else None
 
     def _at(self, dim: int) -> ChannelAxis | None:
         return next((p for p in self.parts if p.dim == dim), None)

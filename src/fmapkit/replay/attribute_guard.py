@@ -99,9 +99,9 @@ class AttributeGuard:
             self._lengths = lengths
             if self._more():
                 return self._number
-        if _equal(now, self._values):
+        now = list(map(_comparable, now))  # of what is no plain value, no code of its own runs
+        if now == self._values:
             return self._number
-        now = list(map(_comparable, now))
         for number, known in self._states.items():
             if now == known:
                 return number
@@ -174,13 +174,6 @@ def calls_torchs(items: list[Any]) -> bool:
     That decides by the module's attributes. Of torch's functions alone, a path has them themselves.
     """
     return any(type(item) is types.FunctionType and item.__name__ == "forward" for item in items)
-
-
-def _equal(now: list[Any], known: list[Any]) -> bool:
-    try:
-        return now == known
-    except (RuntimeError, TypeError, ValueError):  # of tensors and arrays, in tuples or for numbers
-        return False
 
 
 def _comparable(value: Any) -> Any:

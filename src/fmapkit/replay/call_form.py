@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmapkit.paths import Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
+from fmapkit.torchlib.nested import contents
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
@@ -26,9 +27,9 @@ def shape_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return form_of(value), type(value)
     if isinstance(value, (tuple, list)):
-        return tuple([shape_of(v) for v in value])
+        return tuple([shape_of(v) for v in contents(value)])
     if isinstance(value, dict):
-        return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
+        return tuple([(k, shape_of(v)) for k, v in dict.items(value)])
     return value if type(value) in TOLD else type(value)
 
 
@@ -42,11 +43,8 @@ def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
 def _numbers_in(found: list[int], value: Any) -> None:
     if isinstance(value, int):
         found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for inner in value:
-            _numbers_in(found, inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in contents(value):
             _numbers_in(found, inner)
 
 

@@ -6,7 +6,7 @@ import copy
 import types
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any
@@ -40,15 +40,23 @@ def tensors_in(*values: Any) -> list[Tensor]:
             found.append(value)
         elif kind in _OTHERS:
             continue
-        elif isinstance(value, (tuple, list)):
-            if not _OTHERS.issuperset(map(type, value)):
-                found += tensors_in(*value)
-        elif isinstance(value, dict):
-            if value:
-                found += tensors_in(*value.values())
+        elif isinstance(value, (tuple, list, dict)):
+            parts = contents(value)
+            if not _OTHERS.issuperset(map(type, parts)):
+                found += tensors_in(*parts)
         elif isinstance(value, Tensor):
             found.append(value)
     return found
+
+
+def contents(value: Any) -> Sequence[Any]:
+    """What is in a tuple or a list, or the values of a dict, past what a subclass may do."""
+    found: Sequence[Any] = value
+    if type(value) in (tuple, list):
+        return found
+    if isinstance(value, dict):
+        return [*dict.values(value)]
+    return [*(list if isinstance(value, list) else tuple).__iter__(value)]
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
@@ -142,11 +150,14 @@ def parts(value: Any, path: str) -> Iterator[tuple[Any, str, Any]]:
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         for name in value._fields:
             yield Attribute(name), f"{path}.{name}", getattr(value, name)
-    elif isinstance(value, (tuple, list, deque)):
-        for index, item in enumerate(value):
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(contents(value)):
+            yield index, f"{path}[{index}]", item
+    elif isinstance(value, deque):
+        for index, item in enumerate(deque.__iter__(value)):
             yield index, f"{path}[{index}]", item
     elif isinstance(value, (dict, types.MappingProxyType)):
-        for key, item in value.items():
+        for key, item in dict.items(value) if isinstance(value, dict) else value.items():
             yield key, f"{path}[{key!r}]", item
 
 

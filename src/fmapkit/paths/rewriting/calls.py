@@ -37,6 +37,10 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 }
 
 
+# Methods that enter the context manager which they are given.
+_ENTER = {"enter_context", "enter_async_context"}
+
+
 class CallRewriting(Inserting, ast.NodeTransformer):
     """Makes the calls of recorders that look at other calls.
 
@@ -89,6 +93,8 @@ class CallRewriting(Inserting, ast.NodeTransformer):
         builtin = self._builtin(function)
         found = self._object_named(function)
         how = self._goes_through(node, found)
+        if isinstance(function, ast.Attribute) and function.attr in _ENTER:
+            how = "entered"
         if builtin in TAKE_ALL or builtin in PICK or (how is None and takes_all(function, found)):
             self._idle.update(a for a in node.args if _is_idle(a, builtin))
         self._given.update(a for a in node.args if isinstance(a, ast.Lambda))

@@ -68,8 +68,14 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         return node
 
     def visit_With(self, node: ast.With) -> ast.AST:
-        """A context manager may swallow an exception: where that came from is told first."""
+        """A context manager may swallow an exception: where that came from is told first.
+
+        What it turns on is told by which one it is; of a call, what is called tells.
+        """
         self.generic_visit(node)
+        for item in node.items:
+            if not isinstance(item.context_expr, ast.Call):
+                self._looked_at(item, "context_expr", how="entered")
         node.body = self._telling(node.body)
         return node
 
