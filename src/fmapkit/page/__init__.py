@@ -2,14 +2,6 @@
 
 What `maps.to_html(path)` and `stats.to_html(path)` call. The file needs nothing beside it, loads
 nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safari 16.4).
-
-| file | what it does |
-| --- | --- |
-| `encoding.py` | values as bytes: eight bits each, deflated, base64; pixels as PNG |
-| `panels.py` | what the page draws: sections, panels, tables; and how each is written down |
-| `of_maps.py` | the sections of maps: one sample, by filter, small enough to draw |
-| `document.py` | the sections of analyses and figures, and the page around all sections |
-| `assets/` | its style and its script |
 """
 
 from fmapkit.page.document import PageMaps as PageMaps

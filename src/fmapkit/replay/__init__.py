@@ -1,21 +1,4 @@
-"""A traced call compiled to taps, and one later call read with them.
-
-make_plan             planning.py     from the record of a traced call: a Plan (plan.py)
-  Reading             plan_steps.py   which hook points are tapped, and what is read at each
-  Relations, Effects  effects.py      what the call means to the rest of a pass
-ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
-  shape_of, sizes_of  call_form.py    what tells calls apart that are given other arguments
-fill_of               caches.py      how much is in the caches that a call may fill
-KeptState             kept_state.py  the form of what is kept of earlier passes (escapes.py)
-InputTruths           input_truths.py  what calls read of their inputs, known before them
-Probation             probation.py   modules that left their path, until they take one for long
-AttributeGuard        attribute_guard.py  plain attributes, compared before each call
-ModelGuard            model_guard.py  is the model the one that was traced?
-ReplayRun             run.py          one call: what it notes is compared with the plan
-  RunLog              run_log.py      what was noted, and the maps that it stands for
-  taps                taps.py         hooks; call_taps.py: before the calls of modules;
-                                      site_taps.py: where calls of functions are written
-"""
+"""A traced call compiled to taps, and one later call read with them."""
 
 from fmapkit.replay.caches import Fill as Fill
 from fmapkit.replay.caches import fill_of as fill_of

@@ -1,9 +1,4 @@
-"""What a run has noted of its sites, and the maps that this stands for.
-
-RunLog      what is noted of a site that is not read plainly   (while the model runs)
-            the maps, made when somebody reads them            (afterwards)
-ReplayRun   follows a call by its plan, and notes              (`replay/run.py`)
-"""
+"""What a run has noted of its sites, and the maps that this stands for."""
 
 from __future__ import annotations
 

@@ -1,11 +1,5 @@
 """Who answers the calls of a capture's modules, by what is under way.
 
-    AnswerReplaying   a region runs that there is a plan for: its taps are all there is
-    AnswerRecording   a region runs for which a plan is made: the tracer sees every function
-    AnswerTracing     a module that decides by data: the tracer sees its own code, and the regions
-                      that it calls begin here
-    AnswerOutside     no pass is under way
-
 `session/dispatch.py` asks one of them: `enter` returns the arguments that a call is to get instead,
 `leave` the output that is to be returned instead; None for its own. Calls of compiled code are
 answered by `session/compiled_calls.py`.

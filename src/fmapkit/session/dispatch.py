@@ -1,10 +1,4 @@
-"""What a module's hooks call: which pass a call belongs to, and who answers it.
-
-Pair, Hook -> HookDispatcher.pre    -> Passes.begin   the model's call: is it a pass?
-                                    -> Answer.enter   whoever is in charge (session/answers.py)
-              HookDispatcher.post   -> Answer.leave
-                                    -> Passes.end
-"""
+"""What a module's hooks call: which pass a call belongs to, and who answers it."""
 
 from __future__ import annotations
 

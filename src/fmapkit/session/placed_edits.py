@@ -2,10 +2,6 @@
 
 The plan tells what a trace has told before: where filters lie, as long as the pass has taken the
 plan's path; and whether another tensor went on, on which it rests what is overwritten later.
-
-    RegionCalls.before, .after   a module runs that is edited, in a region that is replayed
-      PlacedEdits.input, .output   (tracing/module_edits.py)
-        RequestedEdits.apply         the user's function
 """
 
 from __future__ import annotations

@@ -1,11 +1,5 @@
 """The life of one `with capture(model)` block.
 
-    Session.open    a pair of hooks around the model's own call, entries at compiled modules
-      HookDispatcher  each call of a module: who answers it      (session/dispatch.py)
-      CompiledCalls   each call of compiled code                 (session/compiled_calls.py)
-      Passes          when a pass begins and ends                (session/passes.py)
-    Session.close   nothing is left on the model
-
 A pass begins with the model's pre hook and ends with its post hook. In between, each module is
 
 - a *region*: the outermost module on its branch whose path is the same in each pass. Its first call
