@@ -46,16 +46,11 @@ class Missed:
 
 
 class MissedLog:
-    """What one capture has missed so far.
-
-    Attributes:
-        entries: each once, in the order in which they were noticed.
-        warned: the user was told, and nothing has come since.
-    """
+    """What one capture has missed so far."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.entries: list[Missed] = []
-        self.warned = False
+        self.entries: list[Missed] = []  # each once, in the order in which they were noticed
+        self.warned = False  # the user was told, and nothing has come since
         self._quiet = False
         self._model = type(model).__name__
 

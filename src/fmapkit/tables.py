@@ -10,19 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What something shows of itself.
+    """What something shows of itself."""
 
-    Attributes:
-        heads: of the columns.
-        rows: the cells, a line each.
-        right: which columns are set to the right; the others to the left.
-        last: the line below, or all there is to say where there are no rows.
-    """
-
-    heads: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    right: Collection[int]
-    last: str
+    heads: tuple[str, ...]  # of the columns
+    rows: Sequence[tuple[str, ...]]  # the cells, a line each
+    right: Collection[int]  # which columns are set to the right; the others to the left
+    last: str  # the line below, or all there is to say where there are no rows
 
     def text(self) -> str:
         """For a terminal."""

@@ -26,7 +26,6 @@ class Pair(Around):
     """Is told when a module's call begins, and when it ends, by whatever way.
 
     Args:
-        owner: the session.
         pre: (module, args, kwargs) -> what to give it instead, or what it has `Returned`, or None.
         post: (module, args, kwargs, output) -> what to return instead, or None. The output is
             `FAILED` after an `Exception`, which is raised unless something is `Returned`.
@@ -113,7 +112,6 @@ class Outside(Around):
     """Is told what the hooks of others on a module are given, before it runs and after.
 
     Args:
-        owner: the session.
         pre: (module, args, kwargs) -> None, before their pre hooks.
         post: (module, args, output) -> None, before their forward hooks.
     """

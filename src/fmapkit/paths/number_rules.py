@@ -62,9 +62,6 @@ def roundings(seen: Sequence[tuple[int, Sizes]]) -> set[Rule]:
     """What a number may be of one size by division: (size + a) // c, as (length + 1) // 2.
 
     A rule tells the size, c, and the least and the greatest a that all calls have kept to.
-
-    Args:
-        seen: the number, each time with the sizes.
     """
     found: set[Rule] = set()
     if min(value for value, _ in seen) < _LEAST_ROUNDED:

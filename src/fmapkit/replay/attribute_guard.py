@@ -56,9 +56,7 @@ class AttributeGuard:
     def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
         """Compare these attributes of each module, told by its id, before each call.
 
-        Args:
-            names: of the attributes.
-            values: what they were before the latest call; what they are, if there was none.
+        They had these values before the latest call; None: there was none, so those that they have.
         """
         # Modules with the same attributes lie together: those of a group are read in C.
         groups: dict[tuple[str, ...], list[nn.Module]] = {}

@@ -240,9 +240,6 @@ def tap_of(
 
     Args:
         slots: what it notes: "xy", "y", or "kept": of an in-place nonlinearity, z as it was, and y.
-        line: to write to.
-        other: called with (module, args, output) when no run is under way.
-        fault: called with the module and the error, should we fail.
         gradients: note where they will arrive, too.
     """
     if gradients:

@@ -27,15 +27,12 @@ _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
 @dataclass(slots=True, eq=False)
 class PlainSite:
-    """A place in the source where one function is called, and is read plainly.
-
-    Args:
-        how: what is noted: "xy", "y", "nothing", "y, if asked": by the plan's next step, or "kept":
-            of an in-place nonlinearity, z as it was, and y.
-    """
+    """A place in the source where one function is called, and is read plainly."""
 
     _site: str
     _name: str
+    # What is noted: "xy", "y", "nothing", "y, if asked": by the plan's next step, or "kept": of an
+    # in-place nonlinearity, z as it was, and y.
     _how: str
     _line: CurrentRun
     _function: Any = None  # what was called here before

@@ -102,11 +102,7 @@ def read_overwritten(module: nn.Module, args: Any, output: Any, how: int) -> tup
 
 
 class HookTap(Hook):
-    """The hook of a site.
-
-    Args:
-        other: called with the hook's arguments when no run is under way.
-    """
+    """The hook of a site."""
 
     __slots__ = ("_stand", "fault", "line", "read")
 
@@ -119,7 +115,7 @@ class HookTap(Hook):
         owner: object,
         stand: Callable[[nn.Module, HookTap], CallOverride | None] = nothing,
     ) -> None:
-        super().__init__(other, owner)
+        super().__init__(other, owner)  # called with the hook's arguments when no run is under way
         self.read = read  # what it notes of a call
         self.line = line
         self.fault = fault  # called with the module and the error, should we fail

@@ -18,20 +18,17 @@ from fmapkit.torchlib.compiled_modules import holds
 
 
 class OpenCapture(Protocol):
-    """A session in its block."""
+    """What `Passes` is to other captures' ones."""
 
     asked: CaptureConfig
 
     @property
-    def thread(self) -> int:
-        """The one whose passes are captured."""
+    def thread(self) -> int: ...
 
     @property
-    def waits(self) -> bool:
-        """Whether it is to end the pass that is under way, and wants more of it yet."""
+    def waits(self) -> bool: ...
 
-    def cut(self) -> None:
-        """Another capture has ended the forward of its model, or of a part of it."""
+    def cut(self) -> None: ...
 
 
 _open: weakref.WeakSet[OpenCapture] = weakref.WeakSet()

@@ -35,32 +35,22 @@ from fmapkit.tracing import FusedCall, PassTrace
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call that torch fuses.
+    """A call that torch fuses."""
 
-    Attributes:
-        module: it; nothing in it runs twice.
-        output: of the fused path.
-        edits: how many there had been.
-        steps: those whose maps the kernel has shown, where the ordinary path does not run.
-        maps: these.
-        ordinary: gives the layers of that path what the kernel has computed.
-        before: how many hook points there had been, and decisions.
-        alone: nobody else has to see the ordinary path.
-        drawn: puts the random numbers back to where the fused path had ended, since the ordinary
-            one may draw some; None where others do that, too.
-        own: the modules inside with code of the user's, which the fused path leaves out. So the
-            ordinary one does not run.
-    """
-
-    module: nn.Module
-    output: Any
-    edits: int
+    module: nn.Module  # nothing in it runs twice
+    output: Any  # of the fused path
+    edits: int  # how many there had been
+    # Those whose maps the kernel has shown, where the ordinary path does not run.
     steps: KernelSteps | None = None
-    maps: KernelMaps | None = None
-    ordinary: OrdinaryPath | None = None
-    before: tuple[int, int] = (0, 0)
-    alone: bool = False
+    maps: KernelMaps | None = None  # these
+    ordinary: OrdinaryPath | None = None  # gives its layers what the kernel has computed
+    before: tuple[int, int] = (0, 0)  # how many hook points there had been, and decisions
+    alone: bool = False  # nobody else has to see the ordinary path
+    # Puts the random numbers back to where the fused path had ended, since the ordinary one may
+    # draw some; None where others do that, too.
     drawn: ExitStack | None = None
+    # The modules inside with code of the user's, which the fused path leaves out; so the ordinary
+    # one does not run.
     own: tuple[str, ...] = ()
 
     @property
@@ -82,16 +72,7 @@ def _opened(function: Any) -> Any:
 
 
 class FusedPaths:
-    """The modules of a capture that run by their fused paths.
-
-    Args:
-        live: what is under way.
-        hooks: what is set on modules.
-        fault: is told of an error in a look of ours, and raises what is not.
-
-    Attributes:
-        module: whose call is under way; None while there is none.
-    """
+    """The modules of a capture that run by their fused paths."""
 
     def __init__(
         self,
@@ -100,7 +81,7 @@ class FusedPaths:
         fault: Callable[[nn.Module, Exception], None],
     ) -> None:
         asked = live.asked
-        self.module: nn.Module | None = None
+        self.module: nn.Module | None = None  # whose call is under way
         self._call: _Call | None = None
         self._looks = FusedLooks()
         self._broken: Exception | None = None  # what the ordinary path has raised, and it alone
@@ -114,7 +95,7 @@ class FusedPaths:
         self._hooks = hooks
         self._misses = live.misses
         self._paths = live.paths
-        self._fault = fault
+        self._fault = fault  # is told of an error in a look of ours, and raises what is not
 
     def begin(self) -> None:
         """A pass begins: where the model's own code calls a forward that may fuse, `run` does."""
@@ -212,12 +193,7 @@ class FusedPaths:
         return call
 
     def _fused(self, kernel: FusedKernel, may_skip: bool) -> _Call:
-        """Run the fused path.
-
-        Args:
-            kernel: that it calls.
-            may_skip: nobody else has to see the ordinary path.
-        """
+        """Run the fused path; `may_skip`: nobody else has to see the ordinary one."""
         live, module, edits = self._live, kernel.module, self._edits
         own = tuple(map(self._names.of, code_inside(module))) if not edits else ()
         if own:
@@ -244,11 +220,7 @@ class FusedPaths:
         return _Call(module, output, edits.runs, None, None, ordinary, told, may_skip, drawn)
 
     def outlives(self, error: BaseException | None) -> bool:
-        """Whether the fused path's output is there, and its ordinary one alone has raised.
-
-        Args:
-            error: that has ended the call.
-        """
+        """Whether the fused path's output is there, and its ordinary one alone has raised."""
         call = self._call
         assert call is not None
         if self._edits or not call.alone or not isinstance(error, Exception):
@@ -260,10 +232,6 @@ class FusedPaths:
 
     def leave(self, output: Any, failed: bool = False) -> Any:
         """The module's call has ended, or what ran in place of its forward.
-
-        Args:
-            output: what it returned.
-            failed: by an exception, and returned nothing.
 
         Returns:
             What goes on in its place: the fused output, which carries what the ordinary path's

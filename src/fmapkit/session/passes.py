@@ -205,7 +205,7 @@ class Passes:
 
     @property
     def waits(self) -> bool:
-        """Whether we are to end the pass that is under way, and want more of it yet."""
+        """Whether this capture is to end the pass that is under way, and wants more of it yet."""
         live, stop = self._live, self._stop
         if stop is None or live.current is None or stop.complete:
             return False

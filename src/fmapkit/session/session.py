@@ -129,12 +129,7 @@ class Session:
             self.parts.misses.warn()
 
     def end_block(self, request: Hashable | None, failed: bool = False) -> EndedBlock:
-        """The block has ended: rest, if the next one may go on with what was learned, or close.
-
-        Args:
-            request: what was asked for; None if no other block may go on with it.
-            failed: an exception has ended the block.
-        """
+        """The block has ended: rest, if another one may ask for the same `request`, or close."""
         before, parts, model = self._before, self.parts, self.asked.model
         # That a path is fused, each pass names anew.
         lost = any(missed.why is not Reason.FUSED_PATH for missed in self.missed)

@@ -33,11 +33,8 @@ class DictWatch:
     Python up to 3.11 counts the writes, and torch's own guards (of `torch.compile`) go by that. To
     ask touches the head of a dict alone, and neither its keys nor what is in it: after a pass of a
     model, these are in none of the processor's caches. Where they are not counted, each look finds
-    that something may have been written.
-
-    Args:
-        dicts: to look at. Of those of other classes, as `OrderedDict`, nothing is counted: their
-            order may change without one.
+    that something may have been written. Of those of other classes, as `OrderedDict`, nothing is
+    counted: their order may change without a write.
     """
 
     def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:

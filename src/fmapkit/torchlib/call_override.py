@@ -119,18 +119,13 @@ dynamo: Callable[[], Any] = getattr(
 
 
 class CallOverride:
-    """Whoever of ours stands before a module's call.
-
-    Attributes:
-        owner: the session.
-        inner: what to call in its turn: the next that stands here, or the module's own call.
-    """
+    """Whoever of ours stands before a module's call."""
 
     __slots__ = ("__weakref__", "inner", "module", "owner")
 
     module: nn.Module
-    owner: object
-    inner: Any
+    owner: object  # the session
+    inner: Any  # what to call in its turn: the next that stands here, or the module's own call
 
     def stand(self, module: nn.Module, first: bool = False) -> Self:
         """Take the place, behind whoever of ours is there, or before them; it has to be `free`.

@@ -110,13 +110,8 @@ _OURS_ALONE = _references(torch.empty(0))
 
 
 def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
-    """Have a tensor hold σ of what it held, in other memory; an alias made before still holds z.
+    """Have a tensor that is alone hold a = σ(z), which `sigma` gives in fresh memory.
 
-    Args:
-        z: which is alone.
-        sigma: gives a = σ(z) in fresh memory.
-
-    Returns:
-        Whether that could be; if not, nothing has changed.
+    An alias made before still holds z. Returns whether that could be; if not, nothing has changed.
     """
     return write_apart(z, sigma(), counted=not z.is_inference())

@@ -42,15 +42,7 @@ _ENTER = {"enter_context", "enter_async_context"}
 
 
 class CallRewriting(Inserting, ast.NodeTransformer):
-    """Makes the calls of recorders that look at other calls.
-
-    Args:
-        place: names the function, for its marks.
-        names: its globals.
-        fixed: attributes of its first argument that are compared before each pass: children, and
-            functions of its class.
-        tapped: the places of calls at which a tap may be set.
-    """
+    """Makes the calls of recorders that look at other calls."""
 
     def __init__(
         self,
@@ -61,12 +53,14 @@ class CallRewriting(Inserting, ast.NodeTransformer):
         tapped: frozenset[str],
     ) -> None:
         super().__init__(place, first_argument(node) if fixed else None, rows_bound(node))
-        self._names = names
+        self._names = names  # the function's globals
         self._local = names_bound(node)
         self._loaded = names_loaded(node)
         self._tests = tests_in(node)
+        # Attributes of its first argument that are compared before each pass: children, and
+        # functions of its class.
         self._fixed = fixed
-        self._tapped = tapped
+        self._tapped = tapped  # the places of calls at which a tap may be set
         self._given: set[ast.AST] = set()  # functions that a call is given
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 

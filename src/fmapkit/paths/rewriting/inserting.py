@@ -26,15 +26,11 @@ _HANDS_ON = {"__getitem__", "__iter__", "__next__", "__reversed__"}
 
 
 class Inserting:
-    """Makes the nodes that are put in.
-
-    Args:
-        own: the variable that is the module which a method runs of; None if there is none.
-    """
+    """Makes the nodes that are put in."""
 
     def __init__(self, place: str, own: str | None, rows: frozenset[str]) -> None:
         self._place = place  # names the function, for its marks
-        self._self = own
+        self._self = own  # the variable that is the module which a method runs of, if there is one
         self._rows = rows  # names that may stand for lists and tuples
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to

@@ -31,7 +31,7 @@ _Node = TypeVar("_Node", bound=ast.AST)
 
 
 class Rewriter(CallRewriting, ast.NodeTransformer):
-    """Puts recorders into one function, which is given as `CallRewriting` says."""
+    """Puts recorders into one function."""
 
     _depth = 0  # of functions around the code at hand
     _from_c = False  # code in C may call the function at hand

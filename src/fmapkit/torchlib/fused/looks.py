@@ -67,17 +67,7 @@ def _form(given: Sequence[Any], names: Any) -> Any:
 
 
 class _Look:
-    """What a layer was found to do.
-
-    Args:
-        kernel: that it would call.
-        form: see `_form`.
-        given: all its arguments.
-
-    Attributes:
-        lasts: it would call the same kernel again. What it has made of its arguments, as one mask
-            of two, it makes anew each time; and code of others may give it other attributes.
-    """
+    """What a layer was found to do, in a call of a form (see `_form`)."""
 
     def __init__(self, kernel: FusedKernel, form: Any, given: Sequence[Any]) -> None:
         inside = list(modules_in(kernel.module))
@@ -96,6 +86,8 @@ class _Look:
         own = {id(p): p for m in inside for p in m._parameters.values()}
         self._weights = [a for a in self._args if isinstance(a, Tensor)]
         self._types = list(map(_type, self._weights))
+        # It would call the same kernel again. What it has made of its arguments, as one mask of
+        # two, it makes anew each time; and code of others may give it other attributes.
         self.lasts = not kernel.kwargs and all(id(w) in own for w in self._weights)
         self.lasts = self.lasts and all(type(m).__module__.startswith(_TORCHS) for m in inside)
 

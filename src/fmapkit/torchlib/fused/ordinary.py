@@ -18,20 +18,13 @@ class OrdinaryPath(ObserverMode):
     """The ordinary path of a module runs, whose layers give what they gave in the fused kernel.
 
     It lies below the tracer on torch's stack, which so sees what the kernel computed.
-
-    Args:
-        module: of torch's.
-        maps: of its kernel's call.
-        opened: a function of torch's that hides from modes what it calls, as they see it; or None.
-
-    Attributes:
-        given: those that were given so far, by name.
     """
 
     def __init__(self, module: nn.Module, maps: KernelMaps, opened: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.given: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}  # those that were given so far, by name
         self._maps = maps
+        # A function of torch's that hides from modes what it calls, as they see it; or None.
         self._opened = opened
         weights = weights_of(module)
         names = {id(weight): name for name, (weight, _) in weights.items()}

@@ -115,8 +115,7 @@ def fuses(module: nn.Module) -> bool:
 def fusing_of(module: nn.Module) -> Callable[[Iterable[Tensor]], Any] | None:
     """What tells by what torch decides whether to fuse that no argument's form tells.
 
-    Returns:
-        It is given the tensors that a call of the module is given. None if nothing in it may fuse.
+    It is given the tensors that a call of the module is given. None if nothing in it may fuse.
     """
     fusing = [m for m in modules_in(module) if isinstance(m, _TYPES)]
 
@@ -160,12 +159,7 @@ def fused_kernel(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> Fus
     """The call of a fused kernel that torch would make; None where it would not.
 
     An encoder's own one makes a nested tensor; it goes on to call its layers, which fuse in turn.
-
-    Args:
-        forward: one of torch's forwards that may fuse.
-        module: that it is called for, and which `may_fuse`.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+    The forward is one of torch's, and the module `may_fuse`.
     """
     try:
         _probe(forward)(_Probe(module), *args, **kwargs)

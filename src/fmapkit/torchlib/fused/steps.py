@@ -30,15 +30,9 @@ _MOST = 4096
 
 
 def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
-    """Run a kernel step by step.
+    """Run a kernel step by step: what it returns, and its maps.
 
-    Args:
-        kernel: the function that calls it.
-        args: its positional arguments.
-
-    Returns:
-        What it returns, and its maps.
-        None where its steps are not known, or give something else.
+    None where its steps are not known, or give something else.
     """
     steps = _STEPS.get(kernel)
     if steps is None:
@@ -59,12 +53,7 @@ def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
 
 
 def proven(form: Any, both: Callable[[], tuple[Any, Any]]) -> bool:
-    """Whether a kernel returns the same another way, to the bit: tried once for each form.
-
-    Args:
-        form: of what it is given, and of the way.
-        both: runs it in both ways.
-    """
+    """Whether `both` ways to run a kernel return the same, to the bit: tried once for each form."""
     if form not in _tried:
         if len(_tried) >= _MOST:
             _tried.clear()
