@@ -14,23 +14,20 @@ in its shapes, since that path runs where torch does not fuse: while a model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmapkit.torchlib.fused.inside import Inside
-from fmapkit.torchlib.fused.layers import ATTENTION, OF_LAYER, weights_of
 from fmapkit.torchlib.fused.steps import Shown, in_steps, proven, telling
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.modes import dispatch_mode_count
 from fmapkit.torchlib.tensor_spec import casts
 from fmapkit.torchlib.transforms import transforming
-
-__all__ = ["FusedKernel", "KernelMaps"]
 
 _Key = torch._C.DispatchKey
 # Where a kernel's own entry is in the dispatcher, by the type of device; that of nested tensors.
@@ -41,18 +38,124 @@ _ENTRIES = {
 _TYPES = frozenset({Tensor, nn.Parameter})
 # By thread: what runs the kernel of an encoder's layer while the encoder runs by its fused path.
 kernel_runners: dict[int, Callable[..., Any]] = {}
+# Names of maps. Of attention, its two projections; of an encoder layer, these and its own; of all
+# an encoder's layers, the same after a number: "0.linear1".
+_ATTENTION = ("in_proj", "out_proj")
+_LAYERS = ("linear1", "linear2")
+_OF_LAYER = (*_ATTENTION, *_LAYERS, "activation")
+SIGMAS = frozenset({"relu", "gelu"})
+
+_aten = torch.ops.aten
+_KERNELS = frozenset(
+    {
+        _aten._transformer_encoder_layer_fwd.default,
+        _aten._native_multi_head_attention.default,
+        _aten._addmm_activation.default,
+    }
+)
+# Products with a layer's weight: which argument that is, and which one the bias, if there is any.
+_PRODUCTS = {
+    _aten.mm.default: (1, None),
+    _aten.addmm.default: (2, 0),
+    _aten.linear.default: (1, 2),
+}
+_SIGMAS = frozenset({_aten.relu_.default, _aten.gelu_.default})
+
+
+def weights_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The weights and biases that a module's kernel is given, by the names of its maps."""
+    if isinstance(module, nn.MultiheadAttention):
+        return {
+            "in_proj": (module.in_proj_weight, module.in_proj_bias),
+            "out_proj": (module.out_proj.weight, module.out_proj.bias),
+        }
+    if isinstance(module, nn.TransformerEncoder):
+        each = [
+            (f"{n}.", layer)
+            for n, layer in enumerate(module.layers)
+            if isinstance(layer, nn.TransformerEncoderLayer)
+        ]
+        return {at + name: w for at, layer in each for name, w in weights_of(layer).items()}
+    layers = {name: getattr(module, name) for name in _LAYERS}
+    own = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
+    attention: Any = module.self_attn
+    return weights_of(attention) | own
+
+
+def activation_of(linear: str) -> str:
+    """The map of σ after a layer."""
+    return linear.removesuffix("linear1") + "activation"
+
+
+class Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operators inside of a kernel."""
+
+    def __init__(
+        self, entries: tuple[Any, Any], weights: Mapping[str, Any], wanted: Collection[str] | None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Shown = {}  # the maps
+        self._entries = entries  # by which the kernel is called; of nested tensors
+        self._weights = weights  # of the layers, with their biases, by name
+        self._places = {_place(weight): name for name, (weight, _) in weights.items()}
+        self._wanted = wanted  # the names of the maps that are asked for; None for all
+        self._product: str | None = None  # whose σ comes next, in the same call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KERNELS:
+            if func is _aten._addmm_activation.default:
+                self._product = self._places.get(_place(args[2]))
+            with self:
+                return func._op_dk(self._entries[args[0].is_nested], *args, **kwargs)
+        if func in _SIGMAS and self._product is not None:
+            return self._activation(func, args, kwargs)
+        if func._schema.is_mutable:
+            self._before_write(func, args, kwargs)
+        output = func(*args, **kwargs)
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            weight, bias = product
+            name = self._places.get(_place(args[weight]))
+            if name is not None and self._asks(name):
+                biased = bias is not None and len(args) > bias and args[bias] is not None
+                self.found[name] = output, None if biased else self._weights[name][1]
+        return output
+
+    def _activation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """σ runs in place of a layer's z."""
+        name, self._product = self._product, None
+        assert name is not None
+        if self._asks(name):
+            self.found[name] = args[0].clone(), None
+        output = func(*args, **kwargs)
+        self.found[activation_of(name)] = args[0], None
+        return output
+
+    def _asks(self, name: str) -> bool:
+        return self._wanted is None or name in self._wanted
+
+    def _before_write(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An operator is about to write: a map that lies there is copied."""
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[at] if at < len(args) else kwargs.get(argument.name)
+            if not isinstance(target, Tensor):
+                continue
+            memory = storage_of(target)
+            for name, (tensor, bias) in self.found.items():
+                if storage_of(tensor) == memory:
+                    self.found[name] = tensor.clone(), bias
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Tells a weight from others, turned over or not."""
+    return weight.data_ptr(), weight.numel()
 
 
 class FusedKernel:
-    """A call of a fused kernel, which torch would make for a module.
-
-    Args:
-        module: of torch's.
-        function: that calls the kernel; of an encoder, that leaves the padding out.
-        args: its positional arguments; the first is what the module was given.
-        kwargs: its keyword arguments.
-        whole: the module's forward, if its layers' kernels are what is meant.
-    """
+    """A call of a fused kernel, which torch would make for a module."""
 
     def __init__(
         self,
@@ -63,10 +166,10 @@ class FusedKernel:
         whole: Callable[[], Any] | None = None,
     ) -> None:
         self.module = module
-        self.function = function
-        self.args = args
+        self.function = function  # calls the kernel; of an encoder, leaves the padding out
+        self.args = args  # of the function; the first is what the module was given
         self.kwargs = kwargs
-        self._whole = whole
+        self._whole = whole  # the module's forward, if its layers' kernels are what is meant
 
     def __call__(self) -> Any:
         """Run it; what it returns."""
@@ -75,10 +178,7 @@ class FusedKernel:
         return self.function(*self.args, **self.kwargs)
 
     def run(self, wanted: Collection[str] | None = None) -> tuple[Any, KernelMaps]:
-        """Run it, and see what it computes inside.
-
-        Args:
-            wanted: the names of the maps; None for all.
+        """Run it, and see the `wanted` maps inside of it, by name; None for all.
 
         Returns:
             What it returns; and the maps, none where they cannot be seen.
@@ -92,12 +192,12 @@ class FusedKernel:
         keep = None if self._whole is None else self.args[1]
         found = None
         if casts() is None and given.is_cpu:
-            found = self._layer_by_layer() if self._whole is not None else self._in_steps()
+            if self._whole is not None:
+                found = self._layer_by_layer()
+            elif not self.kwargs:
+                found = in_steps(self.function, self.args)
         output, shown = self._watched(wanted) if found is None else found
         return output, KernelMaps(shown, given.shape[:2], keep)
-
-    def _in_steps(self) -> tuple[Any, Shown] | None:
-        return None if self.kwargs else in_steps(self.function, self.args)
 
     def _layer_by_layer(self) -> tuple[Any, Shown] | None:
         """Run an encoder, and the kernels of its layers in steps; None if that cannot be."""
@@ -120,7 +220,7 @@ class FusedKernel:
             output = self()
         finally:
             del kernel_runners[get_ident()]
-        every = ran and len(shown) == len(ran) * len(OF_LAYER)
+        every = ran and len(shown) == len(ran) * len(_OF_LAYER)
         return (output, shown) if every else None
 
     def _watched(self, wanted: Collection[str] | None) -> tuple[Any, Shown]:
@@ -155,19 +255,13 @@ class FusedKernel:
 
 
 class KernelMaps:
-    """The maps of one call of a kernel, in the shapes of the ordinary path.
-
-    Args:
-        shown: what was seen of each.
-        size: samples, and tokens of each.
-        keep: which tokens are no padding, of which nothing was seen; None if all are.
-    """
+    """The maps of one call of a kernel, in the shapes of the ordinary path."""
 
     def __init__(self, shown: Shown, size: tuple[int, ...], keep: Tensor | None = None) -> None:
         self.names = shown.keys()
         self._shown = shown
-        self._size = size
-        self._keep = keep
+        self._size = size  # samples, and tokens of each
+        self._keep = keep  # which tokens are no padding, of which nothing was seen; None if all are
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -207,7 +301,7 @@ class KernelMaps:
 def _turned(name: str, tensor: Tensor) -> Tensor:
     """(samples, tokens, ...) as the ordinary path has the map of a name."""
     kind = name.rpartition(".")[2]
-    if kind not in ATTENTION:
+    if kind not in _ATTENTION:
         return tensor
     turned = tensor.transpose(0, 1)  # attention has its tokens first
     return turned if kind == "in_proj" else turned.reshape(-1, tensor.shape[-1])

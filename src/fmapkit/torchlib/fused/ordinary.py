@@ -8,8 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit.torchlib.fused.kernels import KernelMaps
-from fmapkit.torchlib.fused.layers import SIGMAS, activation_of, weights_of
+from fmapkit.torchlib.fused.kernels import SIGMAS, KernelMaps, activation_of, weights_of
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.modes import ObserverMode
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Shown", "in_steps", "proven", "telling"]
-
 # Maps by name, each with the bias that is still to be added, if there is any.
 Shown = dict[str, tuple[Tensor, Tensor | None]]
 
