@@ -17,6 +17,9 @@ from fmapkit.replay.effects import Effects, SiteMap
 from fmapkit.storage import Place as FilterPlace
 from fmapkit.tracing import Place, Placed
 
+# What stands in the order of what fires for each map of a fused kernel.
+IN_KERNEL = "in a fused kernel"
+
 
 @dataclass(frozen=True, slots=True)
 class MapSpec(SiteMap):
@@ -74,9 +77,8 @@ class Plan:
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
     effects: Effects  # what the call means to the pass around it
-    keeping: frozenset[
-        nn.Module
-    ]  # in-place nonlinearities that leave z's memory to us, if they can
+    # In-place nonlinearities that leave z's memory to us, if they can.
+    keeping: frozenset[nn.Module]
     fusing: frozenset[nn.Module]  # may run by torch's fused paths: seen from their calls on
     kernels: Mapping[int, KernelSteps]  # of these, by the entry of the log that is its first
     edited: frozenset[nn.Module]  # whose inputs or outputs are edited

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from fmapkit.missed import RAISED
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, out_of_place
-from fmapkit.replay.plan import KernelSteps, Plan, Step
-from fmapkit.replay.plan_steps import IN_KERNEL
+from fmapkit.replay.plan import IN_KERNEL, KernelSteps, Plan, Step
 from fmapkit.replay.run_log import RunLog, Slots
 from fmapkit.replay.site_taps import LightMode, PlainSite, unbound_and_named
 from fmapkit.replay.taps import CurrentRun
