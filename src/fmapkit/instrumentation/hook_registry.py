@@ -31,18 +31,6 @@ from fmapkit.torchlib.call_override import (
     there,
 )
 
-
-def hooks_on(module: nn.Module) -> tuple[Any, ...]:
-    """All hooks on a module, and all of ours before its call, of whichever session."""
-    return (
-        *standing_before(module),
-        *module._forward_hooks.values(),
-        *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-    )
-
-
 _NOT_THEIRS = ("torch.", f"{__name__.partition('.')[0]}.")
 _ROLES = ("around", "outside", "after")
 # Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
@@ -110,10 +98,12 @@ class Hooks:
 
         Hooks by which a module computes its weights do not count.
         """
-        if not (module._forward_hooks or module._forward_pre_hooks):
-            if not (module._backward_hooks or module._backward_pre_hooks) and self._stands(module):
-                return False
-        return not all(self.is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
+        forward, backward = module._forward_hooks, module._backward_hooks
+        dicts = forward, module._forward_pre_hooks, backward, module._backward_pre_hooks
+        if not any(dicts) and self._stands(module):
+            return False
+        hooks = chain(standing_before(module), *(each.values() for each in dicts))
+        return not all(self.is_ours(hook) or computes_weights(hook) for hook in hooks)
 
     def unrecorded_on(self, module: nn.Module) -> bool:
         """Whether others have hooks on a module that a path would not tell of.

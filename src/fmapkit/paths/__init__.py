@@ -10,8 +10,8 @@ from fmapkit.paths.known_paths import Expected as Expected
 from fmapkit.paths.known_paths import KnownPaths as KnownPaths
 from fmapkit.paths.number_rules import Sizes as Sizes
 from fmapkit.paths.number_rules import by_rule as by_rule
+from fmapkit.paths.number_rules import differences as differences
 from fmapkit.paths.number_rules import rules_of as rules_of
-from fmapkit.paths.number_rules import same_but_for_numbers as same_but_for_numbers
 from fmapkit.paths.recorders import taps as taps
 from fmapkit.paths.sinks import unrecorded as unrecorded
 from fmapkit.paths.survey import runs_own_code as runs_own_code

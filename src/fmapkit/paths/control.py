@@ -45,7 +45,6 @@ class ControlPaths:
         self._items: list[Any] = []  # the decisions of the pass
         self._records = False
         self._survey: Survey | None = None
-        self._lookers: frozenset[types.CodeType] = frozenset()
         self._tried: dict[int, types.CodeType] = {}
         self._doubted: set[nn.Module] = set()
         self.twins = Twins()

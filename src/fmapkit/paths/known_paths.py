@@ -271,17 +271,14 @@ class KnownPaths(Generic[_Plan]):
         path = self._path(sizes)
         return path.by_sizes.get(sizes) if path is not None else None
 
-    def has(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call on such inputs took this very path."""
-        return any(path.by_sizes.get(sizes) == items for path in self.paths)
-
     def numbers(self, items: list[Any], sizes: Sizes) -> set[tuple[int, int]] | None:
         """Where a call took a known path but for whole numbers that may follow its sizes: those.
 
         Each with what it was before. None where nothing is known of that.
         """
-        if any(sizes in path.by_sizes for path in self.paths):
-            return set() if self.has(items, sizes) else None
+        exact = [path.by_sizes[sizes] for path in self.paths if sizes in path.by_sizes]
+        if exact:
+            return set() if items in exact else None
         found = (path.numbers(items, sizes) for path in self.paths)
         return next((numbers for numbers in found if numbers is not None), None)
 

@@ -130,11 +130,6 @@ def number_places(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator
             yield from number_places(item, (*place, at))
 
 
-def same_but_for_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two paths differ in whole numbers alone, if at all."""
-    return differences(one, other) is not None
-
-
 def differences(
     known: Sequence[Any], items: Sequence[Any], place: tuple[int, ...] = ()
 ) -> list[tuple[tuple[int, ...], int, int]] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.paths import Sizes, same_but_for_numbers
+from fmapkit.paths import Sizes, differences
 
 _FIRST = 32  # passes on one path
 _MOST_SIZES = 8  # of a module's calls: how many its items are kept for
@@ -106,4 +106,4 @@ class _Steadiness:
     def _follows(self, items: list[list[Any]]) -> bool:
         """Whether a pass on other sizes took the path of the latest, but for whole numbers."""
         pairs = zip(self._latest, items, strict=False)
-        return len(items) == len(self._latest) and all(same_but_for_numbers(*p) for p in pairs)
+        return len(items) == len(self._latest) and all(differences(*p) is not None for p in pairs)

@@ -53,7 +53,7 @@ class ReplayRun(RunLog):
         base: dict[str, int] | None,
         drop: Callable[[Any], None],
         sites: Mapping[str, PlainSite],
-        analyses: Callable[[ReplayRun], None] | None = None,
+        analyses: Callable[[ReplayRun], None] | None,
     ) -> None:
         super().__init__(plan, wants, inputs, base)
         self.module = module

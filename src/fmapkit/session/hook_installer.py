@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -29,16 +28,18 @@ from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.sharded import moves_data
 
 
-@dataclass(frozen=True, slots=True)
-class HookCallbacks:
-    """What the hooks call."""
+class HookCallbacks(Protocol):
+    """What the hooks call: a `HookDispatcher`."""
 
-    pre: Callable[..., Any]  # as a module's forward begins: (module, args, kwargs)
-    post: Callable[..., Any]  # as it ends: (module, args, kwargs, output)
-    tap: Callable[..., Any]  # a module that carries a site has run: (module, args, output)
-    fault: Callable[..., Any]  # a tap has failed: (module, error)
-    # `module.compile()` has taken the place before the model's own call: ().
-    overwritten: Callable[[], None]
+    def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any: ...
+
+    def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any: ...
+
+    def tap(self, module: nn.Module, args: Any, output: Any) -> None: ...
+
+    def fault(self, module: nn.Module, error: Exception) -> None: ...
+
+    def overwritten(self) -> None: ...
 
 
 class HookInstaller:

@@ -28,7 +28,6 @@ from fmapkit.session.compiled_calls import CompiledCalls
 from fmapkit.session.concurrent import entered, left, others
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.dispatch import HookDispatcher
-from fmapkit.session.hook_installer import HookCallbacks
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.session.resting import EndedBlock, RestingSession, is_wayward
@@ -60,9 +59,9 @@ class Session:
         self,
         asked: CaptureConfig,
         given: nn.Module,
-        keep: int | None = 1,
-        every: int = 1,
-        budget: Budget | None = None,
+        keep: int | None,
+        every: int,
+        budget: Budget | None,
     ) -> None:
         self.asked = asked
         self.names = asked.names
@@ -70,14 +69,11 @@ class Session:
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
         self._rest: Rest | None = None  # what `go_on` puts back
         self._before: RestingSession[Session] | None = None  # as it rested before this block
-        self.parts = SessionParts(asked, self.hooks, keep, budget, lambda: self._callbacks)
+        self.parts = SessionParts(asked, self.hooks, keep, budget, lambda: self.calls)
         self.store = self.parts.store  # where passes are kept
         self.compiled = CompiledEntries(asked.model, given)  # the entries at compiled modules
         self.passes = Passes(self.parts, every, self.compiled)  # begins and ends them
         self.calls = calls = HookDispatcher(self.parts, self.passes, self.compiled)
-        self._callbacks = HookCallbacks(
-            calls.pre, calls.post, calls.tap, calls.fault, calls.overwritten
-        )
         self._methods = Methods(
             asked.model,
             asked.methods,

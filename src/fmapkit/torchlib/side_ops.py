@@ -87,7 +87,7 @@ def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
     if not tensor.requires_grad:
         with looking():
             return _taken(tensor, dim, places)
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), looking():
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t), looking():
         return _taken(tensor, dim, places)
 
 
@@ -132,7 +132,3 @@ def unseen() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor

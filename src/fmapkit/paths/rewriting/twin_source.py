@@ -49,8 +49,8 @@ def make_twins(
     if file is None:
         return {}
     for node, classes in file.around(code.co_firstlineno):
-        originals = _compiled(node, classes, file.imports, code)
-        if not any(map(_same_as(code), originals)):
+        originals, own = _compiled(node, classes, file.imports, code), _key(code)
+        if own not in map(_key, originals):
             continue
         if isinstance(node, ast.AsyncFunctionDef):
             return {}
@@ -66,7 +66,7 @@ def make_twins(
         made, found = _looked_up(node, names, fixed), {}
         for original, twin in zip(originals, twins, strict=True):
             # What stands in a function's constants is compared by value: this is its equal.
-            real = code if _same_as(code)(original) else original
+            real = code if _key(original) == own else original
             found[real] = made(twin, real)
         return found
     return {}
@@ -145,13 +145,8 @@ def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _inside(constant)
 
 
-def _same_as(code: types.CodeType) -> Any:
-    """Tells the equals of a piece of code."""
-    key = _key(code)
-    return lambda other: _key(other) == key
-
-
 def _key(code: types.CodeType) -> Any:
+    """Tells the equals of a piece of code."""
     constants = tuple(
         (type(c), _key(c) if isinstance(c, types.CodeType) else c) for c in code.co_consts
     )
