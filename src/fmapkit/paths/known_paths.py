@@ -1,11 +1,8 @@
 """The paths that calls of a module have taken, and the plan that holds for each.
 
 A path is a list of items (see `items.py`). Two calls on inputs of the same sizes take the same
-path if their items are equal. On inputs of other sizes, numbers in the path may follow the sizes
-(`x.view(batch, length, -1)`): after two calls whose paths differ in such numbers alone, and whose
-plans say the same, a rule is known for each of these numbers, and a third call is held to it. Where
-a size is another one that has never been another before, the call is traced: a number that was the
-same till then may follow it.
+path if their items are equal. On inputs of other sizes, numbers in it may follow the sizes, by
+rules that two calls tell (docs/how-it-works.md, "Inputs of other sizes").
 """
 
 from __future__ import annotations

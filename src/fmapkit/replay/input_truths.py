@@ -1,9 +1,8 @@
 """What a call will read of its inputs, known before it: each value, by those that come before it.
 
-A call whose branches are decided by its inputs alone, or by tensors that its modules have
-(`if mask.all()`, `if self.ready`), need not be traced in every pass. What it decides is read before
-it: a truth is a part of its kind (see `regions.py`), and a whole number counts as one of its sizes.
-Whatever is read here, the path that the call takes is compared as any other.
+A truth of its inputs, or of tensors that its modules have (`if mask.all()`, `if self.ready`), is a
+part of its kind (see `regions.py`), and a whole number counts as one of its sizes. Whatever is read
+here, the path that the call takes is compared as any other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """What a model keeps of earlier passes and reads in later ones: a cache of keys and values.
 
-As a pass begins, all tensors in it are of earlier ones. On the same path, code takes the same ones
-out and puts the same ones in, if as many are there, at the same places. So the form of what is kept
-is a part of what kind of call it is, and the sizes of its tensors are sizes of the call.
+Its form is a part of what kind of call it is, and the sizes of its tensors are sizes of the call.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Modules that took several ways: traced until they have taken one and the same for long.
 
-Code that leaves its path often does so once, and for good: a warm-up ends, a schedule comes to its
-last value, an option is set. So a module that is traced since it left its path is replayed again
-once it has gone one way for a number of passes in a row. Where one leaves its path again, that pass
-is lost. Then all are traced again, and it takes twice as many passes: of n passes, no more than
+Code that leaves its path often does so once, and for good. Where a module that is replayed again
+leaves it once more, all are traced again, for twice as many passes: of n passes, no more than
 log₂(n / 32) + 1 are lost so, whatever the model does.
 """
 

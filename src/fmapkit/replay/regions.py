@@ -3,7 +3,8 @@
 A region is the outermost module on its branch whose decisions, and those of all modules in it, are
 recorded and do not come from data. Two calls of it are of one kind if their arguments have the same
 form and carry the same, and nothing has changed that no path tells: attributes of torch's own
-modules, dtypes of weights, modes. Each kind has paths of its own, and a plan for each of these.
+modules, dtypes of weights, modes. Each kind has paths of its own, and a plan for each of these. A
+module that is no region, nor inside of one, is a *scope*: it is traced in every pass.
 """
 
 from __future__ import annotations

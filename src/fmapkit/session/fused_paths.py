@@ -1,11 +1,8 @@
 """A module with a fused path: the path is taken, and its kernel shows the maps inside of it.
 
 Which modules these are, and when torch fuses, is a matter of `torchlib/fused/paths.py`; what a
-kernel shows, of `torchlib/fused/kernels.py`. In a pass that is traced the ordinary path runs as
-well: its code tells whose maps these are. Its layers give what the kernel has computed.
-
-Where a kernel does not show all that is asked for, the ordinary path runs in every pass, beside the
-fused one, and its maps are what there is. `missed` says so.
+kernel shows, of `torchlib/fused/kernels.py`. Where it does not show all that is asked for, and in
+passes that are traced, the ordinary path runs as well (docs/how-it-works.md, "Fused paths").
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
 """Sessions that rest from one block to the next, of the same model, that asks for the same.
 
-A block's first pass is traced, and so would each pass be where a block is opened for each. So the
-session of a block that has ended rests: nothing is set, and it lives as long as somebody has the
-maps of that block. The next block goes on with it. Whatever is compared between two passes of one
-block is compared between the blocks.
-
-What nothing but the path tells of (a list, a global, a counter) may have changed since. A pass that
-leaves its path is lost, and may be all that its block has. So the next blocks trace once more what
-they call, and only where many in a row have found the same is the path relied on. A model that has
-left such a path after all is traced anew in every block from then on.
+Nothing is set of one that rests, and it lives as long as somebody has the maps of its block. When
+its path is relied on, and when not, is told in docs/how-it-works.md, "From block to block".
 """
 
 from __future__ import annotations

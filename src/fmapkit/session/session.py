@@ -1,13 +1,5 @@
 """The life of one `with capture(model)` block.
 
-A pass begins with the model's pre hook and ends with its post hook. In between, each module is
-
-- a *region*: the outermost module on its branch whose path is the same in each pass. Its first call
-  of a kind is recorded by the tracer; later ones are replayed, with one tap per site;
-- a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
-  forward in every pass, and leaves the regions in it alone;
-- inside a region, where only taps are set.
-
 What a capture consists of is told in `session/parts.py`, what is under way, in `session/state.py`.
 """
 

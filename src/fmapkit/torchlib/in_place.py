@@ -1,9 +1,7 @@
 """In-place nonlinearities: how z stays what it was, without a copy where that can be.
 
-`relu_(x)` overwrites z. Where x alone has its memory, σ writes its result into fresh memory, and
-that becomes x's: x is the same tensor as ever, holds what it would hold, and the old memory keeps
-z. That costs what σ out of place costs. Whether x is alone is asked at each call; where it is not,
-or where the tensor is part of an autograd graph, z is copied, and σ runs as the model has it.
+Where x alone has its memory, `relu_(x)` writes its result into fresh memory, which becomes x's, and
+the old memory keeps z. Elsewhere z is copied, and σ runs as the model has it.
 """
 
 from __future__ import annotations
