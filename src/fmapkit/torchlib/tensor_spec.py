@@ -7,7 +7,7 @@ another kind, and are learned apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,24 +91,6 @@ def autocasting() -> list[str]:
     return [d for d in _DEVICES if torch.is_autocast_enabled(d)] if _any_autocast() else []
 
 
-def _first_weights(
-    places: Iterable[tuple[dict[str, Any], str]], images: bool = True
-) -> list[tuple[dict[str, Any], str]]:
-    """The first of some parameters that is a weight, and, if there may be any, of a convolution."""
-    found: list[tuple[dict[str, Any], str]] = []
-    for there, name in places:
-        weight = there[name]
-        if weight is None or not weight.is_floating_point():
-            continue
-        if not found:
-            found.append((there, name))
-        if not images:
-            return found
-        if (type(weight) is nn.Parameter or not is_lazy(weight)) and weight.dim() > 3:
-            return [*found, (there, name)]
-    return found
-
-
 def weights_of(module: nn.Module) -> Callable[[], Any]:
     """Tells dtype, layout and class of the module's weights, by a few that stand for all.
 
@@ -117,14 +99,15 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
     """
     # What a scripted module runs nobody sees.
     owners = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
-    held = [m._parameters for m in owners if m._parameters]
-    forward = ((there, name) for there in held for name in there)
-    backward = ((there, name) for there in reversed(held) for name in reversed(there))
-    first = _first_weights(forward)
-    last = _first_weights(backward, images=len(first) > 1)
-    chosen = {id(there): (there, name) for there, name in (*first[:1], *last[:1])}
-    chosen |= {id(there): (there, name) for there, name in (*first[1:], *last[1:])}
-    looked_at = list(chosen.values())
+    weights = [
+        (m._parameters, name, weight)
+        for m in owners
+        for name, weight in m._parameters.items()
+        if weight is not None and weight.is_floating_point()
+    ]
+    images = [one for one in weights if not is_lazy(one[2]) and one[2].dim() > 3]
+    chosen = (*weights[:1], *weights[-1:], *images[:1], *images[-1:])
+    looked_at = list({id(there): (there, name) for there, name, _ in chosen}.values())
 
     def form() -> Any:
         found: list[Any] = []
