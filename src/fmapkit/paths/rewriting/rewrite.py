@@ -15,8 +15,7 @@ from __future__ import annotations
 import ast
 from typing import Any, TypeVar
 
-from fmapkit.paths.rewriting.calls import CallRewriting
-from fmapkit.paths.rewriting.inserting import APPEND, PYTHON_GOES_BY, returned_by
+from fmapkit.paths.rewriting.calls import APPEND, PYTHON_GOES_BY, CallRewriting, returned_by
 from fmapkit.paths.rewriting.library_calls import GIVE_ALL
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
