@@ -53,7 +53,7 @@ PRIVATE_TORCH = {  # names of torch's own, by room: they belong into torchlib
     "nonlinearities": 1,
     "paths": 1,
     "provenance": 5,
-    "replay": 9,
+    "replay": 5,
     "session": 1,
     "storage": 2,
     "tracing": 4,

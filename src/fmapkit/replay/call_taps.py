@@ -15,8 +15,6 @@ from types import FrameType, MethodType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks as _after
-from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
 from fmapkit.instrumentation import Hook
 from fmapkit.replay.taps import (
@@ -30,6 +28,8 @@ from fmapkit.replay.taps import (
 )
 from fmapkit.torchlib.call_override import (
     CallOverride,
+    all_hooks,
+    all_pre_hooks,
     called,
     compiled_as_bare,
     dynamo,
@@ -62,7 +62,7 @@ class CallTap(CallOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or self.ends or _before or _after) and self.moved()):
+        if cell is None or ((self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
         output = self.inner(*args, **kwargs)
@@ -90,7 +90,7 @@ class CallTap(CallOverride):
 
         A block in another thread sets its own on the same modules; here they do nothing.
         """
-        return bool(_before or _after) or _hooked(self.theirs) or _hooked(self.ends)
+        return bool(all_pre_hooks or all_hooks) or _hooked(self.theirs) or _hooked(self.ends)
 
     @passed_over
     def otherwise(self, args: Any, kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class KeepingCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or self.ends or _before or _after) and self.moved()):
+        if cell is None or ((self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         note, _, wanted, drop, fresh = cell
         module = self.module
@@ -270,6 +270,6 @@ def can_stand(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    if _after or _before:
+    if all_hooks or all_pre_hooks:
         return False
     return free(module)

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.torchlib import call_override
 from fmapkit.torchlib.caching import DictWatch, remembered
-from fmapkit.torchlib.call_override import standing_before
+from fmapkit.torchlib.call_override import all_hooks, all_pre_hooks, standing_before
 from fmapkit.torchlib.compiled_modules import compiled_call, ever_compiled
 from fmapkit.torchlib.nested import modules_in
 
@@ -86,7 +85,7 @@ class ModelGuard:
     def _foreign(self) -> tuple[set[int], list[tuple[int, ...]]]:
         """Which other sessions there are, and which hooks of others each module has."""
         sessions: set[int] = set()
-        found: list[tuple[int, ...]] = [(*_global_forward_pre_hooks, *_global_forward_hooks)]
+        found: list[tuple[int, ...]] = [(*all_pre_hooks, *all_hooks)]
         for module in self._watched:
             if call_override.there(module) is not None:
                 for standing in standing_before(module):

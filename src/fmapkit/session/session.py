@@ -137,11 +137,7 @@ class Session:
         return EndedBlock(copy(self.names), self.wants, store, missed, steps, resting)
 
     def go_on(self, resting: RestingSession[Session]) -> None:
-        """Another block begins, which asks for the same.
-
-        Raises:
-            CaptureStateError: another capture with an edit is open.
-        """
+        """Another block begins, which asks for the same (see `wake`)."""
         assert self._rest is not None
         self._before = resting
         self.wake(self._rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -28,20 +29,11 @@ def in_checkpoint(in_function: bool) -> bool:
     Args:
         in_function: the forward of a `torch.autograd.Function` runs, as of a reentrant checkpoint.
     """
-    at: Any
+    running = (frame.f_code for frame, _ in walk_stack(sys._getframe(1)))
     top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top_hooks is None:  # torch 2.4 does not say which hooks are on: its frames do
-        at = sys._getframe(1)
-        while at is not None:
-            code = at.f_code
-            if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT:
-                return True
-            at = at.f_back
-        return False
+        return any((c.co_name, c.co_filename) == ("checkpoint", _CHECKPOINT) for c in running)
     top = top_hooks(True)
     if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
         return True
-    at = sys._getframe(1) if in_function else None
-    while at is not None and at.f_code is not _REENTRANT:
-        at = at.f_back
-    return at is not None
+    return in_function and any(code is _REENTRANT for code in running)
