@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ from fmapkit.session import (
     Analyses,
     Analysis,
     CaptureConfig,
-    RestingSession,
     Session,
     request_of,
     resting_session,
@@ -149,7 +148,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         special = edit, analyses, check, stop, every, method, dtype, device, max_bytes, when_full
         usual = layers, kinds, filters, keep, detach, gradients, weights
         self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
-        self._resting = _resting(model, self._request)
+        # The session of an earlier block that this one goes on with, if the model is as it was.
+        resting = resting_session(model, self._request)
+        self._resting = resting if resting is not None and resting.session.same() else None
         if self._resting is not None:
             self._session = self._resting.session
             return
@@ -222,12 +223,6 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
             if "NoneType" in str(error):
                 _note(error, ENDED)
-
-
-def _resting(model: nn.Module, request: Hashable | None) -> RestingSession[Session] | None:
-    """The session of an earlier block that the new one goes on with, if the model is as it was."""
-    found = resting_session(model, request)
-    return found if found is not None and found.session.same() else None
 
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:

@@ -128,11 +128,9 @@ class ControlPaths:
             self._survey.start()
 
     def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
-        """The call has ended.
+        """The call has ended: whether all that ran has recorded, and the modules where it cannot.
 
-        Returns:
-            Whether every function that ran has recorded; and the modules in which code ran that
-            cannot record, which are to be traced in every pass.
+        These are to be traced in every pass.
         """
         told = hash(tuple([i if type(i) in _PLAIN else _lasting(i) for i in items]))
         survey = self._end_survey()
@@ -193,12 +191,8 @@ class ControlPaths:
 
 def _form(module: nn.Module) -> Any:
     """Tells modules apart that are likely to take other paths."""
-    own = [
-        (name, value)
-        for name, value in module.__dict__.items()
-        if type(value) in (bool, int, float, str, type(None))
-    ]
-    return tuple(map(type, modules_in(module))), tuple(own)
+    own = tuple((name, v) for name, v in module.__dict__.items() if type(v) in _PLAIN)
+    return tuple(map(type, modules_in(module))), own
 
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})

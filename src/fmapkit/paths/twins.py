@@ -15,7 +15,7 @@ import threading
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -275,7 +275,7 @@ class Twins:
             function = _named(code, names)
             if function is not None:
                 self.exchange(function)
-        for function in list(functions_of([code for code, _ in codes])):
+        for function in functions_of([code for code, _ in codes]):
             self.exchange(function)
 
     def renamed(self) -> bool:
@@ -334,15 +334,12 @@ def _take_back(names: dict[str, Any]) -> None:
             names.pop(name, None)
 
 
-def functions_of(codes: Sequence[types.CodeType]) -> Iterator[types.FunctionType]:
+def functions_of(codes: Sequence[types.CodeType]) -> list[types.FunctionType]:
     """Every function that runs some code; it takes a look at all objects that there are."""
     wanted = {id(code) for code in codes}
-    seen = set()
-    for holder in gc.get_referrers(*codes) if codes else ():
-        if isinstance(holder, types.FunctionType) and id(holder.__code__) in wanted:
-            if id(holder) not in seen:
-                seen.add(id(holder))
-                yield holder
+    holders = gc.get_referrers(*codes) if codes else ()
+    found = [h for h in holders if isinstance(h, types.FunctionType) and id(h.__code__) in wanted]
+    return list({id(function): function for function in found}.values())
 
 
 def _named(code: types.CodeType, names: dict[str, Any]) -> types.FunctionType | None:

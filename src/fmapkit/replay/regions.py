@@ -167,11 +167,8 @@ class ReplayRegion:
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""
-        found: dict[Any, None] = {}
-        for (other, _), paths in self.by_kind.items():
-            if other == kind:
-                found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
-        return tuple(found)
+        alike = (paths for (other, _), paths in self.by_kind.items() if other == kind)
+        return tuple(dict.fromkeys(m for paths in alike for m in paths.leaves_at(items, sizes)[1]))
 
 
 _Calls = dict[nn.Module, set[nn.Module | None]]

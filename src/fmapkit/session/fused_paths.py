@@ -141,8 +141,7 @@ class FusedPaths:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Returned | None:
         """A module that has a fused path is about to run: run that first, if torch would.
 
-        Returns:
-            What the call returns, where nothing more is to run.
+        Returns what the call returns, where nothing more is to run.
         """
         run = self._live.run
         if run is not None and module not in run.plan.fusing:

@@ -52,10 +52,8 @@ class UnseenCalls:
     def stray(self, module: nn.Module) -> bool:
         """A module runs outside of a pass: name the outermost one of the model that is running.
 
-        It is not named where nothing in it was asked for.
-
-        Returns:
-            Whether it runs, and is no part of a pass that is not captured.
+        It is not named where nothing in it was asked for. Returns whether it runs, and is no part
+        of a pass that is not captured.
         """
         if in_backward() or recorded() or fx_is_tracing():
             return False

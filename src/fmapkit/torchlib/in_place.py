@@ -29,14 +29,10 @@ except (TypeError, RuntimeError):  # older versions of torch count one tensor at
 
 
 def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> bool:
-    """Give a tensor other values, in memory of their own; its version counter counts that.
+    """Give a tensor other values, in memory that nobody else has.
 
-    Args:
-        values: in memory that nobody else has.
-        counted: the tensor has a version counter: inference tensors have none.
-
-    Returns:
-        Whether that could be; if not, nothing has changed.
+    Its version counter counts that, if it has one (`counted`): inference tensors have none. Returns
+    whether that could be; if not, nothing has changed.
     """
     if values.stride() != tensor.stride() or values.dtype is not tensor.dtype:
         return False

@@ -64,9 +64,7 @@ def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     What backward brings to the tensor from there on is then the gradient of the copy, too. Not so
     of a view: a write to it is one to its base, whose gradient would be put together another way;
     and not where there are derivatives of another kind, which do not go through a function of ours.
-
-    Returns:
-        Whether autograd has a part in that.
+    Returns whether autograd has a part in that.
     """
     if not torch.is_grad_enabled() or not copied.requires_grad:
         return False

@@ -52,10 +52,9 @@ def form_of(tensor: Tensor) -> Any:
 
 
 def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """Which of some tensors lie in one memory: a write to one is a write to all of them.
+    """By tensor, the first that lies where it does; None if each has a memory of its own.
 
-    Returns:
-        By tensor, the first that lies where it does; None if each has a memory of its own.
+    A write to one that lies in the same memory is a write to all of them.
     """
     storages = [-1 if is_shapeless(t) else storage_of(t) for t in tensors]
     if len(set(storages)) == len(storages):
