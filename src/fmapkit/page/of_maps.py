@@ -97,12 +97,8 @@ def _panel(
 ) -> Panel | str:
     """One sample of a map, small enough to draw; or the reason why it cannot be drawn.
 
-    Its facts are of all values of a filter, before they are averaged.
-
-    Args:
-        max_filters: of more, those with the highest |value| are kept.
-        max_side: larger images are averaged over blocks until no side is longer.
-        wanted: keep these filters in place of its own strongest.
+    Its facts are of all values of a filter, before they are averaged. Of more than `max_filters`,
+    the `wanted` ones are kept, or else its own strongest.
     """
     tensor = _dense(fm)
     if isinstance(tensor, str):

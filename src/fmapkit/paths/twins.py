@@ -165,8 +165,7 @@ class Twins:
         # pass by other means, for every module that the method may belong to.
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
-        # Functions of torch's that these, and torch's own modules, call by a name, by
-        # place.
+        # Functions of torch's that these, and torch's own modules, call by a name, by place.
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         # Where these are, of how many that is known, and whether any is another one.
         self._spaces, self._spaces_of, self._renamed = DictWatch(()), 0, False

@@ -58,9 +58,8 @@ _MOST = 64  # members of one container that are looked at
 def fill_of(region: nn.Module, functions: Sequence[FunctionType]) -> Fill:
     """How much is in what the code of a region may read; none of that code runs.
 
-    Args:
-        region: the attributes of its modules are looked at, and those of their classes.
-        functions: that run in it: what they read by a global name, their closures and attributes.
+    That is in attributes of its modules and of their classes; and in what functions that run in it
+    read by a global name, and in their closures and attributes.
     """
     found: Fill = {}
     bases: dict[type, None] = {}

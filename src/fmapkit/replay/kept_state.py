@@ -85,8 +85,7 @@ class _KeptForm:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.count = 0  # of objects that were looked at
-        # Everything has a place that is the same in each pass: members of a set have
-        # none.
+        # Everything has a place that is the same in each pass: members of a set have none.
         self.ordered = True
         self._tensors: dict[int, int] = {}
         self._storages: dict[int, int] = {}

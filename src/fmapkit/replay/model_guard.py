@@ -65,9 +65,8 @@ class ModelGuard:
         self._calls: list[object] = []  # and what of that is torch.compile's
         self._compiled = self._compiled_calls()
         self._foreigners = self._foreign()
-        self.theirs = self._foreigners[0] or any(
-            self._foreigners[1]
-        )  # there is anything of others'
+        # There is anything of others'.
+        self.theirs = bool(self._foreigners[0]) or any(self._foreigners[1])
         self._last = self.counted()
 
     def counted(self) -> tuple[int, int]:

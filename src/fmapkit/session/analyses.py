@@ -65,9 +65,6 @@ class Analyses:
 
         Yields:
             What they could not be shown: (layer, why).
-
-        Raises:
-            Exception: whatever an analysis raises.
         """
         self.raised = None  # its traceback holds what ran then
         if self.view is None:

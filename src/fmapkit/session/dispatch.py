@@ -161,9 +161,6 @@ class AnswerRecording(AnswerTracing):
         return replaced
 
 
-Answer = AnswerOutside | AnswerReplaying | AnswerTracing
-
-
 class HookDispatcher:
     """What the hooks of one capture call."""
 
@@ -180,7 +177,7 @@ class HookDispatcher:
         self._recording = AnswerRecording(parts)
         self._tracing = AnswerTracing(parts)
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> AnswerOutside | AnswerReplaying | AnswerTracing:
         """Whoever answers calls of modules now."""
         live = self._live
         if live.run is not None:

@@ -207,9 +207,8 @@ class FusedPaths:
         if maps is not None and steps is not None and steps.wanted <= maps.names:
             return _Call(module, output, edits.runs, steps, maps)
         drawn, ordinary = _as_drawn(output) if may_skip else None, None
-        if (
-            maps is not None and maps.names and live.thread not in beside
-        ):  # else another capture's lies on the stack
+        if maps is not None and maps.names and live.thread not in beside:
+            # Else another capture's lies on the stack.
             ordinary = OrdinaryPath(module, maps, _opened)
         firings = live.tracer.trace.record.firings if live.tracer is not None else ()
         told = len(firings), self._paths.position

@@ -54,8 +54,7 @@ class PassState:
         self.run: ReplayRun | None = None  # the region that is being replayed
         self.recording: Recording | None = None  # the region that is being learned
         self.inner = 0  # how often that region, replayed or learned, is calling itself
-        # Of a pass of compiled code, which needs a tracer only where it does not do as
-        # before.
+        # Of a pass of compiled code, which needs a tracer only where it does not do as before.
         self.tags: LabelTable | None = None
         # What hooks of others were given that only move data, and is not come back yet.
         self.moving: list[tuple[nn.Module, Any]] = []

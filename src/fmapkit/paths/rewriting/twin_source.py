@@ -36,9 +36,8 @@ class Twin:
     # Functions of torch's that it calls by a name: where that is, the name, and what it stood for.
     watched: Sequence[tuple[dict[str, Any], str, Any]]
     loads: frozenset[str]  # names of attributes that are read in the source around it, or globals
-    kept: frozenset[
-        str
-    ]  # the places of calls whose numbers are kept or printed, and decide nothing
+    # The places of calls whose numbers are kept or printed, and decide nothing.
+    kept: frozenset[str]
 
 
 def make_twins(
