@@ -233,10 +233,10 @@ def test_filters_copy_what_was_asked_for() -> None:
     with torch.no_grad(), capture(model, filters=range(8)) as maps:
         for _ in range(3):
             model(image())
-        made = maps._session.wants.retention.buffers.made
+        made = maps._session.wants.conversion.buffers.made
         with Calls() as calls:
             model(image())
-        assert maps._session.wants.retention.buffers.made == made
+        assert maps._session.wants.conversion.buffers.made == made
         assert calls.count["copy_"] == len(maps) == 2 * SITES + ALONE
         assert calls.count["clone"] == 0
         assert maps.bytes_copied == maps.nbytes

@@ -182,7 +182,7 @@ def test_offload_uses_its_pinned_buffers_again() -> None:
         made = []
         for n in range(6):
             model(torch.randn(8, 3, 64, 64, device="cuda", generator=_seeded(n)))
-            made.append(maps._session.wants.retention.buffers.made)
+            made.append(maps._session.wants.conversion.buffers.made)
         assert len(set(made[2:])) == 1
 
 

@@ -110,7 +110,7 @@ def test_a_map_without_a_filter_axis() -> None:
 
 
 @st.composite
-def firings(draw: st.DrawFn) -> list[np.ndarray[Any, Any]]:
+def hook_points(draw: st.DrawFn) -> list[np.ndarray[Any, Any]]:
     """Batches (inputs, 3) of whether a filter fires; often it does not for long."""
     sizes = draw(st.lists(st.sampled_from([1, 1, 2, 7, 40, 150]), min_size=1, max_size=12))
     generator = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -122,7 +122,7 @@ def firings(draw: st.DrawFn) -> list[np.ndarray[Any, Any]]:
     ]
 
 
-@given(firings(), st.integers(1, 60))
+@given(hook_points(), st.integers(1, 60))
 def test_against_a_loop(batches: list[np.ndarray[Any, Any]], after: int) -> None:
     dead = DeadFilters(after=after)
     seen, last, steps, revivals = 0, [0] * 3, [-1] * 3, [0] * 3

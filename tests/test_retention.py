@@ -214,7 +214,7 @@ def test_buffers_are_made_once() -> None:
         made = []
         for step in range(6):
             net(image(step))
-            made.append(maps._session.wants.retention.buffers.made)
+            made.append(maps._session.wants.conversion.buffers.made)
         # By hand: z, a of two convolutions, 2x4x6x6 floats each; z of fc, 2x4.
         assert maps.nbytes == 4 * (4 * 2 * 4 * 6 * 6 + 2 * 4)
         assert len(set(made)) == 1  # all of them in the first pass
@@ -281,7 +281,7 @@ def test_shapes_that_alternate_have_buffers_of_their_own(
     of_shape: dict[int, int] = {}
     passes: list[Tensor] = []
     with torch.no_grad(), capture(net, keep=keep, **options) as maps, live:
-        buffers = maps._session.wants.retention.buffers
+        buffers = maps._session.wants.conversion.buffers
         for turn in range(6):
             made = buffers.made
             for rows in shapes:
@@ -598,7 +598,7 @@ def test_on_a_cpu_it_is_no_copy() -> None:
             for _ in range(3):
                 net(image())
                 copied.append(maps.bytes_copied)
-                assert maps._session.wants.retention.buffers.made == 0
+                assert maps._session.wants.conversion.buffers.made == 0
     assert copied[:3] == copied[3:]
 
 

@@ -158,8 +158,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         _check_keep(keep, every, bool(seen_by) or check is not None, max_bytes)
         _check_passes(layers, edit, stop, every)
         check_flags(detach=detach, gradients=gradients, weights=weights)
-        retention = StorageConversion(_dtype(dtype), _device(device))
-        if retention and not detach:
+        conversion = StorageConversion(_dtype(dtype), _device(device))
+        if conversion and not detach:
             raise ArgumentError(
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
                 "in it; convert them in the loss instead"
@@ -175,9 +175,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        finite = _finite(check, stop, filters, retention, compiled=bool(compiled_roots(given)))
+        finite = _finite(check, stop, filters, conversion, compiled=bool(compiled_roots(given)))
         wants = Selection(
-            names, layers, kinds, filters, detach, gradients, retention, weights, finite
+            names, layers, kinds, filters, detach, gradients, conversion, weights, finite
         )
         if wants.kind("attention") and finite is None:
             _check_eager("kinds='attention'", given, names)
@@ -252,7 +252,7 @@ def _check_passes(layers: Any, edit: Any, stop: bool, every: int) -> None:
 
 
 def _finite(
-    check: Any, stop: bool, filters: Any, retention: StorageConversion, compiled: bool
+    check: Any, stop: bool, filters: Any, conversion: StorageConversion, compiled: bool
 ) -> FiniteCheck | None:
     """What `check=` asks for.
 
@@ -264,7 +264,7 @@ def _finite(
         return None
     if stop:
         raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
-    if retention or filters is not None:
+    if conversion or filters is not None:
         given = "filters=" if filters is not None else "dtype= or device="
         raise ArgumentError(
             f"check= looks at maps as the model makes them, and {given} holds others: put the "

@@ -244,7 +244,7 @@ class FeatureMaps:
     def clear(self) -> None:
         """Let every map go; maps read before stay readable."""
         self._session.store.clear()
-        self._session.wants.retention.buffers.drop()
+        self._session.wants.conversion.buffers.drop()
 
     def batch(
         self, ids: Tensor | Iterable[int] | None = None, *, mask: Tensor | None = None

@@ -199,8 +199,10 @@ class _Labelling(_OnFakes):
         inside = set(nodes)
         operands = [o for n in nodes for o in n.all_input_nodes if o not in inside]
         given = [self.env.get(o) for o in dict.fromkeys(operands)]
-        tag = self._tracer.trace.labels.of
-        labelled = [t for t in given if isinstance(t, Tensor) and isinstance(tag(t), ChannelLabel)]
+        label = self._tracer.trace.labels.of
+        labelled = [
+            t for t in given if isinstance(t, Tensor) and isinstance(label(t), ChannelLabel)
+        ]
         self._entered.append((keys[-1], nodes))
         self._tracer.modules.enter(self._module(keys[-1]), tuple(labelled), {})
 

@@ -20,7 +20,7 @@ from fmapkit.compiled.run import CompiledCapture, GraphMapSink, Labels, running
 from fmapkit.model import Names
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
 from fmapkit.reasons import Reason
-from fmapkit.replay import carried as carried_by
+from fmapkit.replay import form_of_labels
 from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable
 
@@ -81,15 +81,15 @@ class _Latest:
     labels: Labels
     ids: frozenset[int]  # of the weights and buffers
 
-    def fits(self, tags: LabelTable, fixed: list[int], inputs: Sequence[Any]) -> bool:
+    def fits(self, labels: LabelTable, fixed: list[int], inputs: Sequence[Any]) -> bool:
         """Whether what comes in carries the same as then."""
         for i, known in zip(fixed, self.fixed, strict=True):
             if inputs[i] is not known:
                 return False
         for i in self.arguments:
-            if tags.of(inputs[i]) is not STOP:
+            if labels.of(inputs[i]) is not STOP:
                 return False
-        return tags.none_of(self.ids)
+        return labels.none_of(self.ids)
 
 
 class CompiledGraph:
@@ -136,7 +136,7 @@ class CompiledGraph:
         state = (sink.capture.structure, sink.capture.names.version)
         latest = self._latest.get(place)
         if alone and latest is not None and latest.state == state:
-            if latest.fits(sink.tags, self._fixed, inputs):
+            if latest.fits(sink.labels, self._fixed, inputs):
                 return latest.carried, latest.labels
         carried = self.carried(inputs, sink)
         labels = self.labels(sink, place, inputs, carried)
@@ -149,10 +149,10 @@ class CompiledGraph:
 
     def carried(self, inputs: Sequence[Any], sink: GraphMapSink) -> list[Label]:
         """What the data that come in carry, by place among the inputs."""
-        tag = sink.tags.of
+        label = sink.labels.of
         found: list[Label] = [None] * len(inputs)
         for i in self.data:
-            found[i] = tag(inputs[i])
+            found[i] = label(inputs[i])
             if found[i] is None and i in self.local:
                 found[i] = STOP
                 sink.outside()
@@ -167,11 +167,13 @@ class CompiledGraph:
         if state is None or not state.holds(capture):
             state = self._known[place] = _Known(capture)
         weights = [inputs[i] for i in self.weights]
-        tags = [carried[i] for i in self.data]
-        plain = all(t is STOP or t is None for t in tags)
+        labels = [carried[i] for i in self.data]
+        plain = all(t is STOP or t is None for t in labels)
         key = (
             tuple(map(id, weights)),
-            tuple([t is None for t in tags]) if plain else carried_by(tags, capture.wants.of),
+            tuple([t is None for t in labels])
+            if plain
+            else form_of_labels(labels, capture.wants.of),
             None if self.whole else tuple(map(id, running.modules())),
         )
         found = state.labels.get(key)
@@ -191,12 +193,12 @@ class CompiledGraph:
         # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
         origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
         full: list[Any] = []
-        for tag in carried:
-            if isinstance(tag, ChannelLabel):
-                o = tag.origin
+        for label in carried:
+            if isinstance(label, ChannelLabel):
+                o = label.origin
                 own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call, o.made))
-                tag = ChannelLabel(own, tag.axes)
-            full.append(tag)
+                label = ChannelLabel(own, label.axes)
+            full.append(label)
         for i in self.weights:
             full[i] = ParamLabel.whole(inputs[i])
         return trace_graph(

@@ -59,7 +59,7 @@ class TracedPass(Protocol):
 
     current: Pass | None
     tracer: Tracer | None
-    tags: LabelTable | None
+    labels: LabelTable | None
 
     def traced(self) -> Tracer | None:
         """The tracer, made now if there is none yet; None where nothing is traced."""
@@ -175,10 +175,10 @@ class GraphMapSink:
         return found
 
     @property
-    def tags(self) -> LabelTable:
+    def labels(self) -> LabelTable:
         """What the tensors of the pass carry; to ask these takes no tracer."""
         live = self._live
-        return live.tags if live.tags is not None else self.tracer.trace.labels
+        return live.labels if live.labels is not None else self.tracer.trace.labels
 
     def expect(self, whole: bool) -> None:
         """A graph is about to run."""
@@ -210,7 +210,7 @@ class GraphMapSink:
         wants = self.capture.wants
         tensors = [outputs[p] if p >= 0 else inputs[-1 - p] for p in labels.places]
         copied = None
-        if labels.picking or volatile or wants.retention:
+        if labels.picking or volatile or wants.conversion:
             read, tensors = tensors, self._stored(tensors, labels, volatile)
             copied = [stored is not tensor for stored, tensor in zip(tensors, read, strict=True)]
         if wants.detach:
@@ -246,9 +246,9 @@ class GraphMapSink:
         self._segments.remove(run)
         effects.apply(record, zip(run.entries(), labels.maps, strict=True), run.inputs)
         results = [t for t in outputs if isinstance(t, Tensor)]
-        for tensor, (_, tag) in zip(results, effects.outputs, strict=False):
+        for tensor, (_, label) in zip(results, effects.outputs, strict=False):
             # Computed from constants alone: known all the same, so not from outside.
-            known = run.label(tag) if isinstance(tag, ChannelLabelRef) else STOP
+            known = run.label(label) if isinstance(label, ChannelLabelRef) else STOP
             self.tracer.trace.labels.put(tensor, known)
 
     def finish(self, output: Any) -> None:
@@ -258,7 +258,7 @@ class GraphMapSink:
                 self._latest = None
             return
         self.settle()
-        if not self.unread and any(self.tags.of(t) is None for _, t in leaves(output)):
+        if not self.unread and any(self.labels.of(t) is None for _, t in leaves(output)):
             self.outside()
 
     def hold_output(self, module: nn.Module, output: Any) -> None:
@@ -266,8 +266,8 @@ class GraphMapSink:
         self.settle()
         origin = Origin("output", self.capture.names.of(module))
         for path, tensor in leaves(output):
-            tag = self.tracer.trace.labels.of(tensor)
-            axes = tag.axes if isinstance(tag, ChannelLabel) else None
+            label = self.tracer.trace.labels.of(tensor)
+            axes = label.axes if isinstance(label, ChannelLabel) else None
             held = self.tracer.trace.record.aliases.reference(tensor)
             self._segments.append(MapRecord("output", origin, held, axes, None, path))
 

@@ -1,4 +1,4 @@
-"""The only place that sets anything on modules, or takes a mode off torch's stack.
+"""What one session has set before the calls of modules, by role.
 
 What is set stands before a module's call (see `torchlib/call_override.py`), and says whose it is.
 There are two kinds. A `Pair` is told when a call begins and when it ends. A `Tap` or another `Hook`

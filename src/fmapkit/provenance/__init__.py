@@ -32,7 +32,7 @@ from fmapkit.provenance.labels import Origin as Origin
 from fmapkit.provenance.labels import ParamLabel as ParamLabel
 from fmapkit.provenance.labels import ParamLabelRef as ParamLabelRef
 from fmapkit.provenance.labels import Source as Source
-from fmapkit.provenance.labels import flow_of as flow_of
+from fmapkit.provenance.labels import channels_of as channels_of
 from fmapkit.provenance.labels import is_same as is_same
 from fmapkit.provenance.layer_ops import bias_operand as bias_operand
 from fmapkit.provenance.layer_ops import filter_places as filter_places
@@ -46,8 +46,8 @@ from fmapkit.provenance.layer_ops import weighs as weighs
 from fmapkit.provenance.layer_ops import weight_operand as weight_operand
 from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
 from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
-from fmapkit.provenance.propagate import carried as carried
 from fmapkit.provenance.propagate import past_sigma as past_sigma
+from fmapkit.provenance.propagate import propagate as propagate
 from fmapkit.provenance.propagate import sigma_axes as sigma_axes
 from fmapkit.provenance.rule_basics import FunctionCall as FunctionCall
 from fmapkit.provenance.rule_basics import argument as argument

@@ -59,17 +59,17 @@ class Heads:
     value: Projection | None = None
 
 
-def projection(tag: Label, shape: Sequence[int]) -> Projection | None:
+def projection(label: Label, shape: Sequence[int]) -> Projection | None:
     """Whose filters a tensor of queries, keys or values has, head by head.
 
     Args:
         shape: its own. The last two axes are positions and what is in a head, in any order; the one
             before them counts heads.
     """
-    if not isinstance(tag, ChannelLabel) or tag.axes is None or tag.origin.kind != "layer":
+    if not isinstance(label, ChannelLabel) or label.axes is None or label.origin.kind != "layer":
         return None
-    found = _by_head(tag.axes, len(shape), len(shape) > 2 and shape[-3] == 1)
-    return Projection(tag.origin.name, found) if found is not None else None
+    found = _by_head(label.axes, len(shape), len(shape) > 2 and shape[-3] == 1)
+    return Projection(label.origin.name, found) if found is not None else None
 
 
 @lru_cache(maxsize=1024)

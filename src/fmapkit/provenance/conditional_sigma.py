@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.labels import ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.labels import ChannelLabel, Lookup, channels_of
 from fmapkit.provenance.rule_basics import FunctionCall
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
@@ -103,7 +103,7 @@ class Pointwise:
         self._known[id(tensor)] = weakref.ref(tensor), version_of(tensor), value
         return value
 
-    def step(self, call: FunctionCall, tag: Lookup, sigma: bool) -> None:
+    def step(self, call: FunctionCall, label: Lookup, sigma: bool) -> None:
         """A function has run in the module itself; the arguments are those of `Linearity.step`."""
         name, args, out, operands = call.name, call.args, call.out, call.operands
         if not isinstance(out, Tensor):
@@ -114,7 +114,7 @@ class Pointwise:
             return
         if name in _LIKE:
             operands = operands[:1]
-        values = tuple([self.value(t, written=t is out) for t in operands if tag(t) is not None])
+        values = tuple([self.value(t, written=t is out) for t in operands if label(t) is not None])
         if not values:
             return
         compared = name in _COMPARISONS
@@ -144,45 +144,50 @@ class Pointwise:
             return bool(value == 0)
 
 
-def operand_of_sigma(call: FunctionCall, tag: Lookup, inside: Pointwise) -> Tensor | None:
+def operand_of_sigma(call: FunctionCall, label: Lookup, inside: Pointwise) -> Tensor | None:
     """What a call of one of `SOMETIMES` receives as a nonlinearity: z; None if it is none.
 
     What it has written to is its result: None before it runs.
     """
     name = call.name
     operands = tensors_in(*call.args, {k: v for k, v in call.kwargs.items() if k != "out"})
-    flows = [t for t in operands if isinstance(tag(t), ChannelLabel)]
-    if not flows or any(map(unholdable, operands)):
+    channel_labels = [t for t in operands if isinstance(label(t), ChannelLabel)]
+    if not channel_labels or any(map(unholdable, operands)):
         return None
-    if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
-        values = [inside.value(t, written=t is call.out) for t in flows]
-        z = _compared(name, flows, values)
+    if name in _CHOICES or (name in _EXTREMES and len(channel_labels) > 1):
+        values = [inside.value(t, written=t is call.out) for t in channel_labels]
+        z = _compared(name, channel_labels, values)
     elif name in _BOUNDED:
-        z = _bounded(call, flows, inside)
+        z = _bounded(call, channel_labels, inside)
     elif name in _EXTREMES:
-        z = _extreme(operands, flows[0], tag, inside)
+        z = _extreme(operands, channel_labels[0], label, inside)
     else:
-        z = flows[0] if _has_filters(tag(flows[0])) else None
+        z = channel_labels[0] if _has_filters(label(channel_labels[0])) else None
     if z is None or not (z.is_floating_point() or z.is_complex() or z.is_quantized):
         return None
-    if z.dim() < 2 and not _has_filters(tag(z)):
+    if z.dim() < 2 and not _has_filters(label(z)):
         return None  # a statistic: an observer's smallest value, say
     return z if all(_fits(t, z) for t in operands) else None
 
 
-def chooses_unseen(call: FunctionCall, tag: Lookup, inside: Pointwise) -> ChannelLabel | None:
+def chooses_unseen(call: FunctionCall, label: Lookup, inside: Pointwise) -> ChannelLabel | None:
     """What a call carries that is a nonlinearity of a value which it is not given itself.
 
     As in `torch.where(z > 0, 2 * z, 3 * z)`. None where it is none, or no filters of a layer
     reach it.
     """
-    name, flows = call.name, [t for t in call.operands if isinstance(tag(t), ChannelLabel)]
-    carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
+    name, channel_labels = (
+        call.name,
+        [t for t in call.operands if isinstance(label(t), ChannelLabel)],
+    )
+    carried = [
+        found for t in channel_labels if (found := channels_of(label, t)) and _has_filters(found)
+    ]
     if name not in _CHOICES or not carried:
         return None
     if name == "where" and len(call.args) + len(call.kwargs) < 3:  # places, and no choice
         return None
-    values = list(map(inside.value, flows))
+    values = list(map(inside.value, channel_labels))
     if not any(v.mask and v.zero for v in values) or (
         name != "where" and all(v.mask for v in values)
     ):
@@ -190,35 +195,39 @@ def chooses_unseen(call: FunctionCall, tag: Lookup, inside: Pointwise) -> Channe
     return carried[0] if values[0].common(values[1:]) else None
 
 
-def _compared(name: str, flows: list[Tensor], values: list[_Value]) -> Tensor | None:
+def _compared(name: str, channel_labels: list[Tensor], values: list[_Value]) -> Tensor | None:
     """The operand that all others are computed from, where some comparison of it chooses."""
     if name in _CHOICES and not any(v.mask and v.zero for v in values):
         return None
-    for z, value in zip(flows, values, strict=True):
+    for z, value in zip(channel_labels, values, strict=True):
         if not value.mask and all(v.depends_on(value) for v in values):
             return z
     return None
 
 
-def _bounded(call: FunctionCall, flows: list[Tensor], inside: Pointwise) -> Tensor | None:
+def _bounded(call: FunctionCall, channel_labels: list[Tensor], inside: Pointwise) -> Tensor | None:
     """The operand of `clamp`, if a bound of it is zero."""
-    if len(flows) > 1:
+    if len(channel_labels) > 1:
         return None
     places = [(1, "min"), (2, "max")]
     if call.name in ("clamp_min", "clamp_max"):
         places = [(1, call.name.removeprefix("clamp_"))]
-    return flows[0] if any(inside.is_zero(call.argument(*place)) for place in places) else None
+    return (
+        channel_labels[0]
+        if any(inside.is_zero(call.argument(*place)) for place in places)
+        else None
+    )
 
 
-def _extreme(operands: list[Tensor], z: Tensor, tag: Lookup, inside: Pointwise) -> Tensor | None:
+def _extreme(operands: list[Tensor], z: Tensor, label: Lookup, inside: Pointwise) -> Tensor | None:
     """The operand of a maximum or minimum with zero."""
     others = [t for t in operands if t is not z]
-    zero = len(others) == 1 and inside.is_zero(others[0], else_=_has_filters(tag(z)))
+    zero = len(others) == 1 and inside.is_zero(others[0], else_=_has_filters(label(z)))
     return z if zero else None
 
 
-def _has_filters(tag: Any) -> bool:
-    return isinstance(tag, ChannelLabel) and tag.origin.kind != "none"
+def _has_filters(label: Any) -> bool:
+    return isinstance(label, ChannelLabel) and label.origin.kind != "none"
 
 
 def _fits(operand: Tensor, z: Tensor) -> bool:
@@ -254,17 +263,17 @@ class Linearity:
         found = self._known.get(id(tensor))
         return found is not None and found[0]() is tensor and found[1] == _NONLINEAR
 
-    def _of(self, tensor: Tensor, tag: Lookup) -> int:
+    def _of(self, tensor: Tensor, label: Lookup) -> int:
         found = self._known.get(id(tensor))
         if found is not None and found[0]() is tensor:
             return found[1]
         # Depends on the model's input, but did not come in through the module's argument.
-        return _OTHER if isinstance(tag(tensor), ChannelLabel) else 0
+        return _OTHER if isinstance(label(tensor), ChannelLabel) else 0
 
-    def step(self, call: FunctionCall, tag: Lookup, nonlinear: bool) -> None:
+    def step(self, call: FunctionCall, label: Lookup, nonlinear: bool) -> None:
         """One function has run inside the module."""
         name, operands = call.name, call.operands
-        degrees = [self._of(t, tag) for t in operands]
+        degrees = [self._of(t, label) for t in operands]
         highest = max(degrees, default=0)
         if name in words.DROPOUTS:
             result = _OTHER

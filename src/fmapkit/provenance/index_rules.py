@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, channels_of
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import FunctionCall, aligned, lost_if_none
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
 
 
-def getitem(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def getitem(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Some places of a tensor, by an index."""
-    axes = flow.axes
+    axes = channels.axes
     if axes is not None:
         axes = _indexed(axes, _numbered(call.args[1], x, call.out), x.dim())
     if axes is None or not axes.fit(call.out.shape):
         return STOP
-    return ChannelLabel(flow.origin, axes)
+    return ChannelLabel(channels.origin, axes)
 
 
 def is_number(item: Any) -> bool:
@@ -138,7 +138,7 @@ def _rank(item: Any) -> int:
     return 1 if item.dtype == torch.bool else item.dim()
 
 
-def write(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def write(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """What the target carried, or where it carried nothing, what is written into it.
 
     A sum belongs to its first operand, the target. Where layers write into memory that had no
@@ -147,7 +147,7 @@ def write(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any
     place = 2 if call.name in ("__setitem__", "index_put", "masked_scatter") else 3
     target = call.argument(0, "input", "self")
     source = call.argument(place, "source", "src", "values", "value", "tensor")
-    own, new = flow_of(tag, target), flow_of(tag, source)
+    own, new = channels_of(label, target), channels_of(label, source)
     if own is None:
         if new is None:
             return STOP
@@ -167,17 +167,19 @@ def write(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any
     return ChannelLabel(NOWHERE, own.axes, gathered=True)
 
 
-def _into(call: FunctionCall, flow: ChannelLabel, source: Tensor, target: Tensor) -> ChannelLabel:
+def _into(
+    call: FunctionCall, channels: ChannelLabel, source: Tensor, target: Tensor
+) -> ChannelLabel:
     """Filters that are written into a tensor that had none: they lie there as they lay."""
-    if flow.axes is None:
+    if channels.axes is None:
         return STOP
     if call.name in ("__setitem__", "index_put"):
         index = call.args[1] if len(call.args) > 1 else call.kwargs.get("indices")
-        return lost_if_none(flow, _put(flow.axes, source, index, tuple(target.shape)))
+        return lost_if_none(channels, _put(channels.axes, source, index, tuple(target.shape)))
     dim = call.argument(1, "dim")
-    if isinstance(dim, int) and any(p.dim == dim % source.dim() for p in flow.axes.parts):
+    if isinstance(dim, int) and any(p.dim == dim % source.dim() for p in channels.axes.parts):
         return STOP
-    return aligned(flow, source, target) if source.dim() <= target.dim() else STOP
+    return aligned(channels, source, target) if source.dim() <= target.dim() else STOP
 
 
 def _put(

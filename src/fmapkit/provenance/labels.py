@@ -178,7 +178,7 @@ class ParamLabelRef:
 # What one tensor of this pass carries. What a plan says of tensors that are yet to come is told by
 # places (`PlaceTag` in `replay/plan.py`): another type, so that neither is taken for the other.
 Label = ChannelLabel | ParamLabel | None
-# Of a nested result: lists of tags, nested alike.
+# Of a nested result: lists of labels, nested alike.
 Carried = ChannelLabel | ParamLabel | list[Any] | None
 Lookup = Callable[[Any], Label]
 
@@ -188,7 +188,7 @@ def is_same(one: Label, other: Label) -> bool:
     return one is other or (isinstance(one, ChannelLabel) and one == other)
 
 
-def flow_of(tag: Lookup, value: Any) -> ChannelLabel | None:
-    """What a value carries, if that is a flow."""
-    found = tag(value)
+def channels_of(label: Lookup, value: Any) -> ChannelLabel | None:
+    """What a value carries, if that is a channel label."""
+    found = label(value)
     return found if isinstance(found, ChannelLabel) else None

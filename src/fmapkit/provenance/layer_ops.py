@@ -37,7 +37,7 @@ def weighs(name: str) -> str:
     return "conv" if CONV.fullmatch(name) else ""
 
 
-def weight_operand(call: FunctionCall, tag: Lookup) -> Any:
+def weight_operand(call: FunctionCall, label: Lookup) -> Any:
     """The weight of a weighted function; None where the function weights nothing.
 
     Convolutions, `linear` and `bilinear` always have one. A product has one where exactly one of
@@ -46,8 +46,8 @@ def weight_operand(call: FunctionCall, tag: Lookup) -> Any:
     how = weighs(call.name)
     if how == "product":
         factors = _factors(call)
-        weights = [f for f in factors if isinstance(tag(f), ParamLabel)]
-        if len(weights) == 1 and any(isinstance(tag(f), ChannelLabel) for f in factors):
+        weights = [f for f in factors if isinstance(label(f), ParamLabel)]
+        if len(weights) == 1 and any(isinstance(label(f), ChannelLabel) for f in factors):
             return weights[0]
         return None
     place = 2 if how == "bilinear" else 1
@@ -86,33 +86,33 @@ def pads_first(module: nn.Module) -> bool:
     return bool(module.padding_mode != "zeros")
 
 
-def layer_axes(call: FunctionCall, weight: Tensor, tag: Label) -> ChannelLayout | None:
+def layer_axes(call: FunctionCall, weight: Tensor, label: Label) -> ChannelLayout | None:
     """Where the filters lie in what a weighted function returns, by the parameter's numbering.
 
     Args:
-        tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
-            cannot be told where it is not known which slice it is, or where rows of several layers
-            lie together.
+        label: what the weight carries. Of a slice of a parameter, the filters are that slice's;
+            they cannot be told where it is not known which slice it is, or where rows of several
+            layers lie together.
     """
     places, out = filter_places(call, weight), call.out
     if not places:
         return None
-    if isinstance(tag, ParamLabel) and not (tag.parameter is weight and len(places) == 1):
-        return _of_parameter(tag, weight, out, places)
+    if isinstance(label, ParamLabel) and not (label.parameter is weight and len(places) == 1):
+        return _of_parameter(label, weight, out, places)
     return ChannelLayout.single(places[0][0], out.shape[places[0][0]]) if len(places) == 1 else None
 
 
 def _of_parameter(
-    tag: ParamLabel, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
+    label: ParamLabel, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
 ) -> ChannelLayout | None:
     """The filters of a layer whose weight is made of a parameter; places as in `filter_places`."""
-    shape = tuple(tag.parameter.shape)
-    unknown = len(tag.axes) < len(shape) or None in tag.axes
-    if unknown and not _complete(tag, weight, [w for _, w in places]):
+    shape = tuple(label.parameter.shape)
+    unknown = len(label.axes) < len(shape) or None in label.axes
+    if unknown and not _complete(label, weight, [w for _, w in places]):
         return None
     parts: list[ChannelAxis] = []
     offset, stride = 0, 1
-    for size, axes in zip(reversed(shape), reversed(tag.axes), strict=False):
+    for size, axes in zip(reversed(shape), reversed(label.axes), strict=False):
         mine = [(o, p) for p in axes.parts for o, w in places if w == p.dim] if axes else []
         if mine and axes is not None:
             parts += [ChannelAxis(o, p.size, p.stride * stride) for o, p in mine]
@@ -121,31 +121,31 @@ def _of_parameter(
     there = {p.dim: p.size for p in parts}
     if not all(there.get(o, 1) == out.shape[o] for o, _ in places):
         # Of a transposed convolution with groups, or a part on this rank.
-        whole = weight.numel() == tag.parameter.numel() and len(there) == len(places) == 1
+        whole = weight.numel() == label.parameter.numel() and len(there) == len(places) == 1
         return ChannelLayout.single(places[0][0], out.shape[places[0][0]]) if whole else None
     return ChannelLayout(tuple(sorted(parts, key=lambda p: p.dim)), offset) if parts else None
 
 
-def _complete(tag: ParamLabel, weight: Tensor, used: Sequence[int]) -> bool:
+def _complete(label: ParamLabel, weight: Tensor, used: Sequence[int]) -> bool:
     """Whether what is not known of a weight leaves its filters what they are.
 
     Nothing is left out of the parameter, or only along an axis that is summed.
     """
-    rest, seen = tag.parameter.numel(), set(used)
-    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+    rest, seen = label.parameter.numel(), set(used)
+    for size, axes in zip(label.parameter.shape, label.axes, strict=False):
         if axes is not None:
             seen.update(p.dim for p in axes.parts)
             rest = rest // max(size, 1) * math.prod(p.size for p in axes.parts)
     return rest == weight.numel() or len(seen) < weight.dim()
 
 
-def picked(name: str, tag: ParamLabel, weight: Tensor) -> str:
+def picked(name: str, label: ParamLabel, weight: Tensor) -> str:
     """Which of the weights that are stacked in a parameter this is, as an index: `[3]`, `[:, 2]`.
 
     Empty where it is no such pick.
     """
     found = []
-    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+    for size, axes in zip(label.parameter.shape, label.axes, strict=False):
         one = axes is not None and math.prod(p.size for p in axes.parts) == 1 < size
         # A slice of one: of a stack, that is one of its weights; else it is one filter.
         stacked = axes is not None and all(

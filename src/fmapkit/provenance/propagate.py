@@ -23,7 +23,7 @@ from fmapkit.provenance.labels import (
     Label,
     Lookup,
     ParamLabel,
-    flow_of,
+    channels_of,
 )
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import FunctionCall, Rule, each
@@ -50,7 +50,7 @@ _CHOOSE_OPERAND = (
 )
 
 
-def carried(call: FunctionCall, tag: Lookup) -> Any:
+def propagate(call: FunctionCall, label: Lookup) -> Any:
     """What the results of an unweighted function carry.
 
     For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
@@ -60,25 +60,29 @@ def carried(call: FunctionCall, tag: Lookup) -> Any:
         return None
     if name in PICKS:
         source, others = operands[:1], operands[1:]
-        if others and not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
-            return _picked_by_data(call, source[0], tag)
+        if (
+            others
+            and not channels_of(label, source[0])
+            and any(channels_of(label, o) for o in others)
+        ):
+            return _picked_by_data(call, source[0], label)
         operands = source
     weight: tuple[Tensor, ParamLabel] | None = None
     for x in operands:
-        flow = tag(x)
-        if isinstance(flow, ChannelLabel):
+        channels = label(x)
+        if isinstance(channels, ChannelLabel):
             break
-        if weight is None and flow is not None:
-            weight = x, flow
+        if weight is None and channels is not None:
+            weight = x, channels
     else:
         return None if weight is None else _of_weights(call, *weight)
     rule = _rule(name)
     if rule is None:
         return each(call.out, lambda _: STOP)
-    if flow.axes is None and name not in _CHOOSE_OPERAND:
-        kept = ChannelLabel(flow.origin) if flow.gathered else flow
+    if channels.axes is None and name not in _CHOOSE_OPERAND:
+        kept = ChannelLabel(channels.origin) if channels.gathered else channels
         return each(call.out, lambda _: kept)
-    return rule(flow, x, call, tag)
+    return rule(channels, x, call, label)
 
 
 @cache
@@ -97,8 +101,8 @@ def _of_weights(call: FunctionCall, x: Tensor, weight: ParamLabel) -> Any:
     def followed(axes: ChannelLayout | None) -> Any:
         if axes is None or rule is None:
             return None
-        flow = ChannelLabel(NOWHERE, axes)
-        return rule(flow, x, call, lambda t: flow if t is x else None)
+        channels = ChannelLabel(NOWHERE, axes)
+        return rule(channels, x, call, lambda t: channels if t is x else None)
 
     found = [followed(axes) for axes in (*weight.axes, weight.values)]
     shape = tuple(weight.parameter.shape)
@@ -116,12 +120,12 @@ def _of_weights(call: FunctionCall, x: Tensor, weight: ParamLabel) -> Any:
     return each(out, lambda _: one(None))
 
 
-def _picked_by_data(call: FunctionCall, source: Tensor, tag: Lookup) -> Any:
+def _picked_by_data(call: FunctionCall, source: Tensor, label: Lookup) -> Any:
     """What data has picked: rows of a table are data themselves, one of many weights is a weight.
 
     Weights are stacked along the first axis of a parameter that has an axis more than they have.
     """
-    weight, out = tag(source), call.out
+    weight, out = label(source), call.out
     if isinstance(weight, ParamLabel) and isinstance(out, Tensor) and out.dim() >= 2:
         shape = weight.parameter.shape
         found = _of_weights(call, source, weight)
@@ -141,15 +145,15 @@ def sigma_axes(axes: ChannelLayout | None, z: Tensor, a: Any) -> ChannelLayout |
     return axes
 
 
-def past_sigma(tag: Label, z: Tensor, a: Any) -> ChannelLabel | ParamLabel:
+def past_sigma(label: Label, z: Tensor, a: Any) -> ChannelLabel | ParamLabel:
     """What a = σ(z) carries, given what z does: filters that are no layer's, counted from 0.
 
     Of a parameter, it is as much a weight as the parameter itself.
     """
-    if isinstance(tag, ParamLabel):
-        of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
-        return replace(tag, axes=of_each, values=sigma_axes(tag.values, z, a))
-    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
+    if isinstance(label, ParamLabel):
+        of_each = tuple([sigma_axes(axes, z, a) for axes in label.axes])
+        return replace(label, axes=of_each, values=sigma_axes(label.values, z, a))
+    axes = sigma_axes(label.axes, z, a) if label is not None else None
     if axes is None or len(axes.parts) != 1:
         return STOP
     part = axes.parts[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup, flow_of
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup, channels_of
 from fmapkit.provenance.layout import ChannelLayout
 
 
@@ -40,8 +40,8 @@ def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: st
     return args[place] if len(args) > place else None
 
 
-# Given the flow of the first operand that has one, that operand, the call, and what any tensor
-# carries.
+# Given the channel label of the first operand that has one, that operand, the call, and what any
+# tensor carries.
 Rule = Callable[[ChannelLabel, Tensor, FunctionCall, Lookup], Any]
 
 
@@ -54,45 +54,45 @@ def each(out: Any, make: Callable[[Tensor], Label]) -> Any:
     return None
 
 
-def lost_if_none(flow: ChannelLabel, axes: ChannelLayout | None) -> ChannelLabel:
+def lost_if_none(channels: ChannelLabel, axes: ChannelLayout | None) -> ChannelLabel:
     """Filters mixed with something else have no layer any more."""
-    return ChannelLabel(flow.origin, axes) if axes is not None else STOP
+    return ChannelLabel(channels.origin, axes) if axes is not None else STOP
 
 
-def pointwise(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def pointwise(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
     if isinstance(call.out, Tensor) and x.shape == call.out.shape:
-        return aligned(flow, x, call.out)
+        return aligned(channels, x, call.out)
 
     def one(result: Tensor) -> ChannelLabel:
-        operands = [o for o in call.operands if flow_of(tag, o)]
+        operands = [o for o in call.operands if channels_of(label, o)]
         full = [o for o in operands if o.shape == result.shape] or operands
-        return aligned(flow_of(tag, full[0]) or STOP, full[0], result)
+        return aligned(channels_of(label, full[0]) or STOP, full[0], result)
 
     return each(call.out, one)
 
 
-def where(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def where(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """The values go on, not the condition, unless that alone depends on the data."""
     condition = next((o for o in call.operands if o.dtype == torch.bool), None)
-    values = [o for o in call.operands if o is not condition and flow_of(tag, o)]
+    values = [o for o in call.operands if o is not condition and channels_of(label, o)]
     if not values:
-        return pointwise(flow, x, call, tag)
+        return pointwise(channels, x, call, label)
     x = values[0]
-    return choice(flow_of(tag, x) or STOP, x, replace(call, operands=values), tag)
+    return choice(channels_of(label, x) or STOP, x, replace(call, operands=values), label)
 
 
-def choice(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def choice(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Each element is that of one operand: a larger one, or one by a condition; or of each half."""
-    found = pointwise(flow, x, call, tag)
+    found = pointwise(channels, x, call, label)
     if not isinstance(found, ChannelLabel):
         return found
     full = [value for value in call.operands if value.shape == call.out.shape]
-    return of_one_layer(found, full, tag, same_axes=False)
+    return of_one_layer(found, full, label, same_axes=False)
 
 
 def of_one_layer(
-    joined: ChannelLabel, pieces: Sequence[Tensor], tag: Lookup, same_axes: bool
+    joined: ChannelLabel, pieces: Sequence[Tensor], label: Lookup, same_axes: bool
 ) -> ChannelLabel:
     """What is put together, or chosen from: of several layers, it is no one layer's.
 
@@ -100,7 +100,7 @@ def of_one_layer(
         joined: what the first piece would make of it.
         same_axes: whether filters have to lie in all of them as in the first.
     """
-    found = [other for piece in pieces if (other := flow_of(tag, piece)) is not None]
+    found = [other for piece in pieces if (other := channels_of(label, piece)) is not None]
     found = [other for other in found if other.origin.kind != "none"]
     if len({other.origin.name for other in found}) > 1:
         return ChannelLabel(NOWHERE, joined.axes)
@@ -109,29 +109,33 @@ def of_one_layer(
     return joined
 
 
-def aligned(flow: ChannelLabel, x: Tensor, result: Tensor) -> ChannelLabel:
+def aligned(channels: ChannelLabel, x: Tensor, result: Tensor) -> ChannelLabel:
     """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
-    axes = flow.axes
+    axes = channels.axes
     if axes is None:
-        return flow
+        return channels
     shape = result.shape
     more = len(shape) - x.dim()
     if more > 0:
         axes = axes.insert(0, more)
     if not axes.fit(shape):
         return STOP
-    return flow if axes is flow.axes and not flow.gathered else ChannelLabel(flow.origin, axes)
+    return (
+        channels
+        if axes is channels.axes and not channels.gathered
+        else ChannelLabel(channels.origin, axes)
+    )
 
 
-def same_filters(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def same_filters(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
-    return each(call.out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+    return each(call.out, lambda o: aligned(channels, x, o) if o.dim() == x.dim() else STOP)
 
 
 def kept_beside(
-    dims: Container[int], flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup
+    dims: Container[int], channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup
 ) -> Any:
     """Filters that lie along one of the axes mix; else they stay."""
-    if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
+    if channels.axes is None or any(p.dim in dims for p in channels.axes.parts):
         return each(call.out, lambda _: STOP)
-    return same_filters(flow, x, call, tag)
+    return same_filters(channels, x, call, label)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmapkit.errors import is_int
 from fmapkit.provenance.index_rules import getitem, write
-from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, channels_of
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import (
     FunctionCall,
@@ -49,7 +49,7 @@ from fmapkit.provenance.vocabulary import (
 from fmapkit.torchlib.nested import tensors_in
 
 
-def spatial(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def spatial(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
     found = SPATIAL.fullmatch(call.name)
     axes = found.group("axes") if found is not None else None
@@ -58,13 +58,13 @@ def spatial(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> A
     padding = call.argument(1, "pad") if "pad" in call.name else None
     if padding is not None:
         dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
-    return kept_beside(dims, flow, x, call, tag)
+    return kept_beside(dims, channels, x, call, label)
 
 
-def _reshape(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
-    axes, shape = flow.axes, tuple(x.shape)
+def _reshape(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
+    axes, shape = channels.axes, tuple(x.shape)
     return each(
-        call.out, lambda o: lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+        call.out, lambda o: lost_if_none(channels, axes and axes.reshape(shape, tuple(o.shape)))
     )
 
 
@@ -95,32 +95,32 @@ def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int]:
     return order
 
 
-def _permute(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
-    assert flow.axes is not None
+def _permute(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
+    assert channels.axes is not None
     order = _order(call.name, x.dim(), call.args, call.kwargs)
-    return ChannelLabel(flow.origin, flow.axes.permute(order))
+    return ChannelLabel(channels.origin, channels.axes.permute(order))
 
 
-def _reduce(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _reduce(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     dims = call.argument(1, "dim", "axis")
     if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
-        return choice(flow, x, call, tag)
+        return choice(channels, x, call, label)
     if is_int(dims):
         dims = [dims]
     if not isinstance(dims, (tuple, list)) or not dims:
         return each(call.out, lambda _: STOP)
     reduced = [int(d) % x.dim() for d in dims]
-    axes = flow.axes
+    axes = channels.axes
     if axes is None or any(p.dim in reduced and p.size > 1 for p in axes.parts):
         return each(call.out, lambda _: STOP)
 
     less = axes.remove(reduced)
-    return each(call.out, lambda o: lost_if_none(flow, axes if o.dim() == x.dim() else less))
+    return each(call.out, lambda o: lost_if_none(channels, axes if o.dim() == x.dim() else less))
 
 
-def _cut(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _cut(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """chunk, split and unbind: the parts in order; narrow and select: one of them."""
-    name, out, axes = call.name, call.out, flow.axes
+    name, out, axes = call.name, call.out, channels.axes
     assert axes is not None
     place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
     default = {"vsplit": 0, "dsplit": 2, "hsplit": 1 if x.dim() > 1 else 0}.get(name, 0)
@@ -128,43 +128,45 @@ def _cut(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     dim = (default if dim is None else int(dim)) % x.dim()
     if name == "select":
         index = int(call.argument(2, "index"))
-        return ChannelLabel(flow.origin, axes.select(dim, index % x.shape[dim]))
+        return ChannelLabel(channels.origin, axes.select(dim, index % x.shape[dim]))
     if name == "narrow":
         start = int(call.argument(2, "start"))
-        return ChannelLabel(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
+        return ChannelLabel(channels.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
     if name == "unbind":
-        return [ChannelLabel(flow.origin, axes.select(dim, i)) for i in range(len(out))]
-    flows, start = [], 0
+        return [ChannelLabel(channels.origin, axes.select(dim, i)) for i in range(len(out))]
+    channel_labels, start = [], 0
     for piece in out:
-        flows.append(ChannelLabel(flow.origin, axes.slice(dim, start, piece.shape[dim])))
+        channel_labels.append(
+            ChannelLabel(channels.origin, axes.slice(dim, start, piece.shape[dim]))
+        )
         start += piece.shape[dim]
-    return flows
+    return channel_labels
 
 
-def _expand(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
-    return each(call.out, lambda o: aligned(flow, x, o))
+def _expand(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
+    return each(call.out, lambda o: aligned(channels, x, o))
 
 
-def _along(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _along(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Functions that change the order within the axes they name: filters stay if not among them."""
     dims = call.argument(2 if call.name in ("roll", "take_along_dim") else 1, "dims", "dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
-    return kept_beside({int(d) % x.dim() for d in dims}, flow, x, call, tag)
+    return kept_beside({int(d) % x.dim() for d in dims}, channels, x, call, label)
 
 
-def _cat(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _cat(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Along another axis the first operand's filters go on; along the filter axis they mix.
 
     But not where the pieces of one layer's filters are put together again as they were.
     """
     dim = int(call.argument(1, "dim", "axis") or 0) % call.out.dim()
-    axes = flow.axes
+    axes = channels.axes
     pieces = tensors_in(call.args[0] if call.args else call.kwargs)
     if axes is None or len(pieces) == 1:
-        return ChannelLabel(flow.origin, axes) if axes is not None else STOP
+        return ChannelLabel(channels.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
-        return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
-    return of_one_layer(aligned(flow, x, call.out), pieces, tag, same_axes=True)
+        return _rejoined([channels_of(label, piece) for piece in pieces], dim)
+    return of_one_layer(aligned(channels, x, call.out), pieces, label, same_axes=True)
 
 
 def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
@@ -183,7 +185,7 @@ def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
     return ChannelLabel(first.origin, first.axes.slice(dim, 0, size))
 
 
-def _fft(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _fft(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Fourier transforms mix along the axes they name, by default the last one, two or all."""
     dims = call.argument(2, "dim")
     if dims is None and call.name.endswith("n"):
@@ -192,28 +194,28 @@ def _fft(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
     elif dims is None:
         dims = (-2, -1) if call.name.endswith("2") else (-1,)
     touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
-    return kept_beside(touched, flow, x, call, tag)
+    return kept_beside(touched, channels, x, call, label)
 
 
-def _stack(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _stack(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     dim = int(call.argument(1, "dim", "axis") or 0) % call.out.dim()
-    if flow.axes is None:
+    if channels.axes is None:
         return STOP
     pieces = tensors_in(call.args[0] if call.args else call.kwargs)
-    joined = ChannelLabel(flow.origin, flow.axes.insert(dim))
-    return of_one_layer(joined, pieces, tag, same_axes=True)
+    joined = ChannelLabel(channels.origin, channels.axes.insert(dim))
+    return of_one_layer(joined, pieces, label, same_axes=True)
 
 
-def _copy(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _copy(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     source = call.argument(1, "src", "source")
-    found = flow_of(tag, source)
+    found = channels_of(label, source)
     return aligned(found, source, call.args[0]) if found is not None else None
 
 
-def _pairs(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def _pairs(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Complex numbers as pairs of real ones, and back: an axis at the end comes or goes."""
-    axes = flow.axes
-    return STOP if axes is None or any(p.dim >= call.out.dim() for p in axes.parts) else flow
+    axes = channels.axes
+    return STOP if axes is None or any(p.dim >= call.out.dim() for p in axes.parts) else channels
 
 
 # -- products without a weight, and sums over runs of rows: a graph's messages --------------------
@@ -221,22 +223,22 @@ def _pairs(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> An
 # Axes that are not summed stay. Whose filters they are is known where one factor alone has some.
 
 
-def product(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def product(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """A matrix product."""
     out, operands = call.out, call.operands
-    first = flow_of(tag, operands[0])
+    first = channels_of(label, operands[0])
     if call.name in BIAS_FIRST and first is not None and operands[0].shape == out.shape:
         return first
     a, b = operands[-2:]
     if call.name == "__rmatmul__":
         a, b = b, a
-    left = _unsummed(flow_of(tag, a), a, -1, b.dim() == 1, out)
-    right = _unsummed(flow_of(tag, b), b, -2, a.dim() == 1, out)
+    left = _unsummed(channels_of(label, a), a, -1, b.dim() == 1, out)
+    right = _unsummed(channels_of(label, b), b, -2, a.dim() == 1, out)
     return STOP if left and right else left or right or STOP
 
 
 def _unsummed(
-    flow: ChannelLabel | None, x: Tensor, summed: int, vector: bool, out: Tensor
+    channels: ChannelLabel | None, x: Tensor, summed: int, vector: bool, out: Tensor
 ) -> ChannelLabel | None:
     """What is left of a factor's filters.
 
@@ -244,10 +246,10 @@ def _unsummed(
         summed: the axis that is summed, counted from the end.
         vector: the other factor is one, so the result has no axis for it.
     """
-    if flow is None or flow.axes is None or not flow.axes.parts or x.dim() + summed < 0:
+    if channels is None or channels.axes is None or not channels.axes.parts or x.dim() + summed < 0:
         return None
     parts = []
-    for part in flow.axes.parts:
+    for part in channels.axes.parts:
         at = part.dim - x.dim()
         if at == summed:
             return None
@@ -256,17 +258,17 @@ def _unsummed(
         if not 0 <= dim < out.dim() or out.shape[dim] != part.size:
             return None
         parts.append(part.at(dim))
-    return ChannelLabel(flow.origin, ChannelLayout(tuple(parts), flow.axes.offset))
+    return ChannelLabel(channels.origin, ChannelLayout(tuple(parts), channels.axes.offset))
 
 
-def einsum(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def einsum(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """The same, by the letters; factors that are multiplied place by place are the first one's."""
     terms, right = einsum_terms(call.args)
     if len(terms) != len(call.operands):
         return STOP
     found: list[tuple[str, ChannelLabel]] = []
     for term, operand in zip(terms, call.operands, strict=True):
-        own = flow_of(tag, operand)
+        own = channels_of(label, operand)
         if own is None or own.axes is None or not own.axes.parts:
             continue
         letters = "".join([term[p.dim] for p in own.axes.parts])
@@ -290,10 +292,10 @@ def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str]:
     return left.split(","), right
 
 
-def segments(flow: ChannelLabel, x: Tensor, call: FunctionCall, tag: Lookup) -> Any:
+def segments(channels: ChannelLabel, x: Tensor, call: FunctionCall, label: Lookup) -> Any:
     """Runs of rows are summed; filters that lie along another axis stay."""
     axis = call.kwargs.get("axis", 0) % x.dim()
-    return kept_beside([axis], flow, x, call, tag)
+    return kept_beside([axis], channels, x, call, label)
 
 
 RULES: dict[str, Rule] = {

@@ -45,16 +45,16 @@ Owners = Callable[[Tensor], Sequence[tuple[nn.Module, str]]]
 # -- while a pass is traced ----------------------------------------------------------------------
 
 
-def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> Source:
+def source_of(value: Tensor, label: Any, owners: Owners, stand_ins: StandIns) -> Source:
     """Where a tensor that a layer uses is to be found again.
 
     Args:
-        tag: what it carries.
+        label: what it carries.
         owners: the modules that have a parameter or buffer, each with its key there.
         stand_ins: where a graph is traced: the tensors that stand for its inputs, and these.
     """
-    if isinstance(tag, ParamLabel):
-        root = there = tag.parameter
+    if isinstance(label, ParamLabel):
+        root = there = label.parameter
         if stand_ins:
             there = next((fake for fake, real in stand_ins.values() if real is root), root)
     else:

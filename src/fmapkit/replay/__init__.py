@@ -3,7 +3,7 @@
 from fmapkit.replay.caches import Fill as Fill
 from fmapkit.replay.caches import fill_of as fill_of
 from fmapkit.replay.caches import has_more as has_more
-from fmapkit.replay.call_form import carried as carried
+from fmapkit.replay.call_form import form_of_labels as form_of_labels
 from fmapkit.replay.call_form import shape_of as shape_of
 from fmapkit.replay.call_form import sizes_of as sizes_of
 from fmapkit.replay.call_taps import can_stand as can_stand

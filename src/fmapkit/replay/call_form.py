@@ -48,17 +48,17 @@ def _numbers_in(found: list[int], value: Any) -> None:
             _numbers_in(found, inner)
 
 
-def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
+def form_of_labels(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
     """What the inputs carry, origins numbered in order of their first mention.
 
     With what was `asked` for of each layer: which of its maps are held may differ from another's.
     """
     origins: dict[int, int] = {}
     found: list[Any] = []
-    for tag in inputs:
-        if isinstance(tag, ChannelLabel):
-            place = origins.setdefault(id(tag.origin), len(origins))
-            found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
+    for label in inputs:
+        if isinstance(label, ChannelLabel):
+            place = origins.setdefault(id(label.origin), len(origins))
+            found.append((label.origin.kind, label.axes, place, asked(label.origin.name)))
         else:
-            found.append("weight" if isinstance(tag, ParamLabel) else None)
+            found.append("weight" if isinstance(label, ParamLabel) else None)
     return tuple(found)

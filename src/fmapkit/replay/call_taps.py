@@ -62,7 +62,9 @@ class CallTap(CallOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()):
+        if cell is None or (
+            (self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()
+        ):
             return self.otherwise(args, kwargs)
         module = self.module
         output = self.inner(*args, **kwargs)
@@ -162,7 +164,9 @@ class KeepingCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()):
+        if cell is None or (
+            (self.theirs or self.ends or all_pre_hooks or all_hooks) and self.moved()
+        ):
             return self.otherwise(args, kwargs)
         note, _, wanted, drop, fresh = cell
         module = self.module

@@ -52,7 +52,7 @@ class ChannelLabelRef:
 
 
 # What a tensor carries whenever the piece happens; in one pass it is a `Label`.
-PlaceTag = ChannelLabelRef | ParamLabelRef | None
+PlaceLabel = ChannelLabelRef | ParamLabelRef | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class Effects:
     """What a piece of a pass means to the rest of it."""
 
     calls: tuple[tuple[str, int], ...]  # how often each layer is called
-    outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor that it returns carries, by path
+    outputs: tuple[tuple[str, PlaceLabel], ...]  # what each tensor that it returns carries, by path
     writes: tuple[int, ...]  # which inputs are written to
-    rewritten: tuple[tuple[int, PlaceTag], ...]  # what some of these carry afterwards
+    rewritten: tuple[tuple[int, PlaceLabel], ...]  # what some of these carry afterwards
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
 
     def base(self, record: Record) -> dict[str, int]:
@@ -134,11 +134,13 @@ class PassPiece:
             found.claimed = ref.claimed
         return found
 
-    def label(self, tag: PlaceTag) -> Label:
+    def label(self, label: PlaceLabel) -> Label:
         """What a tensor that it returns carries."""
-        if isinstance(tag, ChannelLabelRef):
-            return ChannelLabel(self.origin(tag.ref) if tag.ref is not None else NOWHERE, tag.axes)
-        return tag.weight(self.inputs) if tag is not None else None
+        if isinstance(label, ChannelLabelRef):
+            return ChannelLabel(
+                self.origin(label.ref) if label.ref is not None else NOWHERE, label.axes
+            )
+        return label.weight(self.inputs) if label is not None else None
 
 
 class Relations:
@@ -203,7 +205,7 @@ class Relations:
             claims=tuple(sorted(r.offset for i, r in self._outside.items() if i in received)),
         )
 
-    def _by_place(self, label: Label) -> PlaceTag:
+    def _by_place(self, label: Label) -> PlaceLabel:
         if isinstance(label, ChannelLabel):
             known = label.origin is not NOWHERE
             return ChannelLabelRef(self.ref(label.origin) if known else None, label.axes)

@@ -35,13 +35,13 @@ class MapSpec(SiteMap):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One firing of a tap: a module's call, or a function called by a scope."""
+    """What one tap reads: a module's call, or a function that a module calls itself."""
 
     module: nn.Module | None
     function: str
     place: int  # which of the function's tensor arguments is x
     key: str | None
-    emissions: tuple[MapSpec, ...]
+    map_specs: tuple[MapSpec, ...]
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     keeps: bool  # an in-place σ that leaves the memory of x to us, where it can
     shared: bool  # what x was is held by an earlier step, too
@@ -55,7 +55,7 @@ class KernelSteps:
     """The steps of a module's call whose maps its fused kernel shows: its forward does not run."""
 
     module: nn.Module  # of torch's
-    # Of the kernel's maps, for each step, in the order of its emissions.
+    # Of the kernel's maps, for each step, in the order of its map specs.
     names: tuple[tuple[str, ...], ...]
     wanted: frozenset[str]  # all of these
 

@@ -42,10 +42,10 @@ def make_plan(
     after = [trace.labels.of(argument) for argument in arguments[: len(inputs)]]
     rewritten = [(n, t) for n, t in enumerate(after) if not is_same(t, inputs[n])]
     relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)
-    firings, retention = record.firings[frame.firing :], trace.wants.retention
-    _mark_shared(events, bool(retention))
-    fused = [call for call in trace.fused if call.start >= frame.firing]
-    read = Reading(firings, relations, retention, frame.position, fused, frame.firing)
+    hook_points, conversion = record.hook_points[frame.hook_point :], trace.wants.conversion
+    _mark_shared(events, bool(conversion))
+    fused = [call for call in trace.fused if call.start >= frame.hook_point]
+    read = Reading(hook_points, relations, conversion, frame.position, fused, frame.hook_point)
     keeping = read.keeping()
     return Plan(
         steps=tuple(read.steps),
@@ -57,10 +57,10 @@ def make_plan(
         sites=read.sites,
         plain_sites=read.plain_sites,
         scopes=frozenset(read.scopes),
-        toggles=read.toggles(firings),
+        toggles=read.toggles(hook_points),
         before=read.before() - keeping,
         keeping=keeping,
-        fusing=read.fusing(firings),
+        fusing=read.fusing(hook_points),
         kernels=read.kernels,
         edited=frozenset(trace.names.by_name[name] for name, *_ in trace.placed),
         placed={
@@ -80,7 +80,7 @@ class Reading:
     """Which hook points are tapped, and what is read at each, as a `Plan` has it.
 
     Args:
-        firings: all of the call's.
+        hook_points: all of the call's.
         start: how many decisions had been taken when the call began.
         fused: the calls in it whose maps are their fused kernels'.
         first: which hook point of the pass is the first of these.
@@ -88,33 +88,34 @@ class Reading:
 
     def __init__(
         self,
-        firings: Sequence[HookPoint],
+        hook_points: Sequence[HookPoint],
         relations: Relations,
-        retention: StorageConversion,
+        conversion: StorageConversion,
         start: int,
         fused: Sequence[FusedCall],
         first: int,
     ) -> None:
-        inside = {id(f): c for c in fused for f in firings[c.start - first : c.end - first]}
-        emitting = [f for f in firings if f.events and _emits(f) and id(f) not in inside]
+        inside = {id(f): c for c in fused for f in hook_points[c.start - first : c.end - first]}
+        emitting = [f for f in hook_points if f.events and _emits(f) and id(f) not in inside]
         functions = [f for f in emitting if f.module is None]
         self.tapped = {f.module for f in emitting if f.module is not None}
         self._calling = {f.scope for f in functions}
         names: dict[str, set[str]] = {}
-        for firing in functions:
-            if firing.site is not None:
-                names.setdefault(firing.site, set()).add(_name_of(firing))
+        for hook_point in functions:
+            if hook_point.site is not None:
+                names.setdefault(hook_point.site, set()).add(_name_of(hook_point))
         self.sites: dict[str, frozenset[str]] = {s: frozenset(n) for s, n in names.items()}
         self.scopes: set[nn.Module] = set()
         if any(f.site is None for f in functions):
             self.sites = {}
             self.scopes = self._calling
-        others = [f for f in firings if id(f) not in inside]
+        others = [f for f in hook_points if id(f) not in inside]
         self._called = {_name_of(f) for f in others if f.events and self._in_scope(f)}
-        fired = [f for f in firings if (_emits(f) if id(f) in inside else self._fires(f))]
+        fired = [f for f in hook_points if (_emits(f) if id(f) in inside else self._fires(f))]
         self.order: list[Any] = [f.site if self._at_site(f) else f.module for f in fired]
         self.at: list[Step | None] = [
-            _step(firing, relations, retention, start, at) for at, firing in enumerate(fired)
+            _step(hook_point, relations, conversion, start, at)
+            for at, hook_point in enumerate(fired)
         ]
         self.kernels: dict[int, KernelSteps] = {}
         for call in fused:
@@ -132,10 +133,10 @@ class Reading:
 
     def before(self) -> frozenset[nn.Module]:
         """Modules that need a look before their call, which overwrites what is held."""
-        overwriting = (s for s in self.steps if s.shared or any(e.before for e in s.emissions))
+        overwriting = (s for s in self.steps if s.shared or any(e.before for e in s.map_specs))
         return frozenset(s.module for s in overwriting if s.module is not None)
 
-    def toggles(self, firings: Sequence[HookPoint]) -> frozenset[nn.Module]:
+    def toggles(self, hook_points: Sequence[HookPoint]) -> frozenset[nn.Module]:
         """Children of scopes in which the light mode must, or had better, be off.
 
         A leaf calls one function or two: letting them through costs less than two more hooks, but
@@ -144,73 +145,73 @@ class Reading:
         if not self.scopes:
             return frozenset()
         tapped = {s.function for s in self.steps if s.module is None}
-        called = {f.scope for f in firings if f.function and _name_of(f) in tapped}
-        inside = {f.module for f in firings if f.module is not None and f.parent in self.scopes}
+        called = {f.scope for f in hook_points if f.function and _name_of(f) in tapped}
+        inside = {f.module for f in hook_points if f.module is not None and f.parent in self.scopes}
         return frozenset(m for m in inside if m in called or _opens_on_others(m))
 
-    def fusing(self, firings: Sequence[HookPoint]) -> frozenset[nn.Module]:
+    def fusing(self, hook_points: Sequence[HookPoint]) -> frozenset[nn.Module]:
         """Modules with a fused path inside of which something is read."""
-        found = {f.module for f in firings if f.module is not None and fuses(f.module)}
+        found = {f.module for f in hook_points if f.module is not None and fuses(f.module)}
         read = self.tapped | self._calling
         inside = {m: set(m.modules()) - {m} for m in found}
         shown = {kernel.module for kernel in self.kernels.values()}
         return frozenset(m for m in found if m in self._calling or inside[m] & read) | shown
 
     def _kernel(
-        self, call: FusedCall, firings: Sequence[HookPoint], places: Sequence[int]
+        self, call: FusedCall, hook_points: Sequence[HookPoint], places: Sequence[int]
     ) -> KernelSteps:
         """Have what fires in a module be handed over by its kernel; which of its maps that are."""
         names = []
-        for at, firing in zip(places, firings, strict=True):
-            held = [event.held(slot) for event in firing.events for slot, _ in event.entries]
+        for at, hook_point in zip(places, hook_points, strict=True):
+            held = [event.held(slot) for event in hook_point.events for slot, _ in event.entries]
             names.append(tuple(call.names[id(one)] for one in held))
             self.order[at] = IN_KERNEL
             step = self.at[at]
             assert step is not None
             # Nobody else has what the kernel shows, so nobody writes to it.
-            alone = [replace(e, copy=False, before=False, on_the_way=False) for e in step.emissions]
+            alone = [replace(e, copy=False, before=False, on_the_way=False) for e in step.map_specs]
             self.at[at] = replace(
-                step, module=None, function="", plain="", emissions=tuple(alone), shared=False
+                step, module=None, function="", plain="", map_specs=tuple(alone), shared=False
             )
         return KernelSteps(call.module, tuple(names), frozenset(n for each in names for n in each))
 
-    def _fires(self, firing: HookPoint) -> bool:
-        if firing.module is not None:
-            return firing.module in self.tapped
+    def _fires(self, hook_point: HookPoint) -> bool:
+        if hook_point.module is not None:
+            return hook_point.module in self.tapped
         if self.sites:
-            return self._at_site(firing)
+            return self._at_site(hook_point)
         # The light mode knows functions by name: it sees a product that is no layer, too.
-        return self._in_scope(firing) and _name_of(firing) in self._called
+        return self._in_scope(hook_point) and _name_of(hook_point) in self._called
 
-    def _at_site(self, firing: HookPoint) -> bool:
-        if firing.module is not None or firing.site is None:
+    def _at_site(self, hook_point: HookPoint) -> bool:
+        if hook_point.module is not None or hook_point.site is None:
             return False
-        return _name_of(firing) in self.sites.get(firing.site, ())
+        return _name_of(hook_point) in self.sites.get(hook_point.site, ())
 
-    def _in_scope(self, firing: HookPoint) -> bool:
-        return firing.module is None and firing.scope in self.scopes
+    def _in_scope(self, hook_point: HookPoint) -> bool:
+        return hook_point.module is None and hook_point.scope in self.scopes
 
 
 def _step(
-    firing: HookPoint, relations: Relations, retention: StorageConversion, start: int, at: int
+    hook_point: HookPoint, relations: Relations, conversion: StorageConversion, start: int, at: int
 ) -> Step:
-    emissions = tuple(
-        _spec(event, slot, entry, relations, retention)
-        for event in firing.events
+    map_specs = tuple(
+        _spec(event, slot, entry, relations, conversion)
+        for event in hook_point.events
         for slot, entry in event.entries
     )
-    first: Event | None = firing.events[0] if firing.events else None
-    keeps = any(e.kept for e in firing.events)
+    first: Event | None = hook_point.events[0] if hook_point.events else None
+    keeps = any(e.kept for e in hook_point.events)
     return Step(
-        module=firing.module,
-        function=_name_of(firing),
+        module=hook_point.module,
+        function=_name_of(hook_point),
         place=first.place if first is not None else 0,
         key=first.key if first is not None else None,
-        emissions=emissions,
-        plain=_plain(firing, emissions, keeps),
+        map_specs=map_specs,
+        plain=_plain(hook_point, map_specs, keeps),
         keeps=keeps,
-        shared=_is_shared(firing),
-        position=firing.position - start,
+        shared=_is_shared(hook_point),
+        position=hook_point.position - start,
         at=at,
     )
 
@@ -220,7 +221,7 @@ def _spec(
     slot: str,
     entry: MapRecord,
     relations: Relations,
-    retention: StorageConversion,
+    conversion: StorageConversion,
 ) -> MapSpec:
     """A map of an event, as any such call has it."""
     held = event.held(slot)
@@ -240,30 +241,30 @@ def _spec(
         on_the_way=lost and held is not None and held.on_the_way,
         picked=entry.picked,
         place=_place(entry),
-        stored=entry.picked is not None or _is_changed(entry, retention),
+        stored=entry.picked is not None or _is_changed(entry, conversion),
         pending=relations.pending(entry, event),
     )
 
 
-def _plain(firing: HookPoint, emissions: Sequence[MapSpec], keeps: bool) -> str:
+def _plain(hook_point: HookPoint, map_specs: Sequence[MapSpec], keeps: bool) -> str:
     """Which of x and y a tap notes as they are; empty where there is more to do."""
-    plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
+    plain = "xy" if keeps else "".join(sorted({e.slot for e in map_specs}))
     if (
         plain not in ("xy", "y")
-        or (firing.module is None and _is_shared(firing))
-        or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in emissions)
-        or any(e.key is not None for e in firing.events)
-        or any(e.kind == "output" for e in emissions)
+        or (hook_point.module is None and _is_shared(hook_point))
+        or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in map_specs)
+        or any(e.key is not None for e in hook_point.events)
+        or any(e.kind == "output" for e in map_specs)
     ):
         return ""
     return plain
 
 
-def _is_changed(entry: MapRecord, retention: StorageConversion) -> bool:
+def _is_changed(entry: MapRecord, conversion: StorageConversion) -> bool:
     """Whether a map is stored in another form than the model's own."""
-    if not retention or entry.held is None or entry.held.tensor is None:
-        return bool(retention)
-    return retention.changes(entry.held.tensor)
+    if not conversion or entry.held is None or entry.held.tensor is None:
+        return bool(conversion)
+    return conversion.changes(entry.held.tensor)
 
 
 def _place(entry: MapRecord) -> Place | None:
@@ -297,7 +298,7 @@ def _plain_sites(
 
 def _how(step: Step) -> str:
     """How a `PlainSite` notes a call; empty where there is more to do than it does."""
-    if not (step.emissions or step.shared or step.keeps):
+    if not (step.map_specs or step.shared or step.keeps):
         return "nothing"
     if step.plain == "y" and not step.keeps:
         return "y"
@@ -310,23 +311,23 @@ def _opens_on_others(module: nn.Module) -> bool:
     return bool(module._modules) or module_sigma(module) is not None or layers.is_registered(module)
 
 
-def _emits(firing: HookPoint) -> bool:
-    for event in firing.events:  # noqa: SIM110  (a generator costs more than the question)
+def _emits(hook_point: HookPoint) -> bool:
+    for event in hook_point.events:  # noqa: SIM110  (a generator costs more than the question)
         if event.entries or event.shared:
             return True
     return False
 
 
-def _is_shared(firing: HookPoint) -> bool:
-    for event in firing.events:  # noqa: SIM110
+def _is_shared(hook_point: HookPoint) -> bool:
+    for event in hook_point.events:  # noqa: SIM110
         if event.shared:
             return True
     return False
 
 
-def _name_of(firing: HookPoint) -> str:
+def _name_of(hook_point: HookPoint) -> str:
     """Of the function that ran; empty for a module."""
-    return describe(firing.function).name if firing.module is None else ""
+    return describe(hook_point.function).name if hook_point.module is None else ""
 
 
 def _mark_shared(events: Sequence[Event], stored: bool) -> None:

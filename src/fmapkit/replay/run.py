@@ -181,9 +181,9 @@ class ReplayRun(RunLog):
         if step is None:
             return
         x = x_grad = before = None
-        if self.before.get(module) and any(e.before for e in step.emissions):
+        if self.before.get(module) and any(e.before for e in step.map_specs):
             before = self.before[module].pop()
-        elif step.emissions:
+        elif step.map_specs:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
             x_grad = self.watched(x)
             self.used(x_grad, output)
@@ -236,7 +236,7 @@ class ReplayRun(RunLog):
         """A module that overwrites its own input is about to run."""
         later = self.plan.at[len(self.log) :]
         step = next((s for s in later if s is not None and s.module is module), None)
-        if step is None or not (step.shared or any(e.before for e in step.emissions)):
+        if step is None or not (step.shared or any(e.before for e in step.map_specs)):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
@@ -265,7 +265,7 @@ class ReplayRun(RunLog):
             if z is not None and with_new_memory(x, lambda: function(*its_args, **its_kwargs)):
                 out, before = x, self._read_by(self.kept, step, z)
         if out is None:
-            if x is not None and (step.shared or any(e.before for e in step.emissions)):
+            if x is not None and (step.shared or any(e.before for e in step.map_specs)):
                 before = self._read_by(self.read_before, step, x)
             out = func(*args, **kwargs)
         self.used(x_grad, out)
@@ -310,7 +310,7 @@ class ReplayRun(RunLog):
         """Whether the step that comes next has a map; a call past the last one is noted as any."""
         at, steps = len(self.log), self.plan.at
         step = steps[at] if at < len(steps) else None
-        return step is None or bool(step.emissions)
+        return step is None or bool(step.map_specs)
 
     def step_at(self, site: str | None) -> Step | None:
         """The step that comes next, if it is a call at this site."""

@@ -105,45 +105,45 @@ class RunLog(PassPiece):
 
     def kept(self, step: Step, z: Tensor) -> Slots:
         """What is stored of z, whose memory nobody else has any more."""
-        emissions = [replace(emission, copy=False) for emission in step.emissions]
-        return self._of_x(emissions, z, None)
+        map_specs = [replace(map_spec, copy=False) for map_spec in step.map_specs]
+        return self._of_x(map_specs, z, None)
 
     def read_before(self, step: Step, x: Tensor) -> Slots:
         """What is stored of x, which the call is about to overwrite."""
         if step.shared:
             self.exchange(x, clone)
-        return self._of_x(step.emissions, x, self.watched(x))
+        return self._of_x(step.map_specs, x, self.watched(x))
 
-    def _of_x(self, emissions: Iterable[MapSpec], x: Tensor, grad: Gradient | None) -> Slots:
+    def _of_x(self, map_specs: Iterable[MapSpec], x: Tensor, grad: Gradient | None) -> Slots:
         found: Slots = {}
-        for emission in emissions:
-            slot = _slot(emission)
-            if emission.slot == "x" and slot not in found:
-                found[slot] = self._stored(emission, x, grad)
+        for map_spec in map_specs:
+            slot = _slot(map_spec)
+            if map_spec.slot == "x" and slot not in found:
+                found[slot] = self._stored(map_spec, x, grad)
         return found
 
     def read(
         self, step: Step, x: Any, output: Any, x_grad: Gradient | None, before: Slots | None
     ) -> list[Item | None]:
         read: list[Item | None] = []
-        known = {e.path for e in step.emissions if e.kind == "output"}
+        known = {e.path for e in step.map_specs if e.kind == "output"}
         pieces = dict(leaves(output)) if known else {}
         if new := pieces.keys() - known:
             self.stray(f"it returned a tensor at {min(new)}, which was not there before")
         shared = before or {}
-        for emission in step.emissions:
-            slot = _slot(emission)
+        for map_spec in step.map_specs:
+            slot = _slot(map_spec)
             if slot not in shared:
-                if emission.kind == "output":
-                    value = pieces.get(emission.path)
+                if map_spec.kind == "output":
+                    value = pieces.get(map_spec.path)
                 else:
-                    value = x if emission.slot == "x" else output
+                    value = x if map_spec.slot == "x" else output
                 if not isinstance(value, Tensor):
                     read.append(None)
                     continue
-                grad = x_grad if emission.slot == "x" else self.watched(value)
+                grad = x_grad if map_spec.slot == "x" else self.watched(value)
                 try:
-                    shared[slot] = self._stored(emission, value, grad)
+                    shared[slot] = self._stored(map_spec, value, grad)
                 except NotSupportedError:  # which was named in the pass that was learned
                     read.append(None)
                     continue
@@ -152,8 +152,8 @@ class RunLog(PassPiece):
 
     def read_each(self, step: Step, values: Iterable[Tensor]) -> list[Item]:
         """The same where each map of a step is a tensor of its own, which nobody writes to."""
-        pairs = zip(step.emissions, values, strict=True)
-        return [self._stored(emission, value, None) for emission, value in pairs]
+        pairs = zip(step.map_specs, values, strict=True)
+        return [self._stored(map_spec, value, None) for map_spec, value in pairs]
 
     def read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
         """What is held of a function that returned something else than a plain tensor."""
@@ -161,25 +161,25 @@ class RunLog(PassPiece):
         for slot, value in ("x", x), ("y", output):
             if isinstance(value, Tensor):
                 slots[slot] = self.own(value), self.version(value), None, False
-        return [slots[emission.slot] for emission in step.emissions]
+        return [slots[map_spec.slot] for map_spec in step.map_specs]
 
-    def _stored(self, emission: MapSpec, value: Tensor, grad: Gradient | None) -> Item:
+    def _stored(self, map_spec: MapSpec, value: Tensor, grad: Gradient | None) -> Item:
         """What is stored of a tensor."""
-        if emission.copy and grad is not None:
+        if map_spec.copy and grad is not None:
             grad.overwritten()
-        doomed = emission.copy
-        if emission.place is not None:
+        doomed = map_spec.copy
+        if map_spec.place is not None:
             if grad is not None:
-                grad = grad.picked(*emission.place)
-            stored, copied = self.wants.take_at(value, emission.place, doomed), True
+                grad = grad.picked(*map_spec.place)
+            stored, copied = self.wants.take_at(value, map_spec.place, doomed), True
         else:
-            stored = self.wants.store(value, doomed) if emission.stored else value
-            copied = emission.copy or stored is not value
+            stored = self.wants.store(value, doomed) if map_spec.stored else value
+            copied = map_spec.copy or stored is not value
             if stored is value:
                 stored = self.own(value)
                 if doomed:
                     stored = clone(stored)
-                    if emission.on_the_way:
+                    if map_spec.on_the_way:
                         goes_on_from(value, stored)
         return stored, self.version(stored), grad, copied
 
@@ -206,19 +206,19 @@ class RunLog(PassPiece):
 
     # -- when it is read ----------------------------------------------------------------------
 
-    def tag_outputs(
+    def label_outputs(
         self,
         output: Any,
         kept: Iterable[tuple[str, Tensor]],
-        set_tag: Callable[[Tensor, Label], None],
+        set_label: Callable[[Tensor, Label], None],
     ) -> None:
         """Label what it has returned, or kept; a tensor at a new place keeps its own label."""
         labels: dict[str, Label] = {}
-        for path, tag in self.plan.effects.outputs:
-            labels[path] = self.label(tag)
+        for path, label in self.plan.effects.outputs:
+            labels[path] = self.label(label)
         for path, tensor in (*leaves(output), *kept):
             if labels.get(path) is not None:
-                set_tag(tensor, labels[path])
+                set_label(tensor, labels[path])
 
     def entries(self) -> list[MapRecord]:
         """The maps of this run, in execution order."""
@@ -246,7 +246,7 @@ class RunLog(PassPiece):
                 yield entry
             if let_go:
                 log[step.at] = log[step.at][:1]
-                self.wants.retention.forget()
+                self.wants.conversion.forget()
 
     def _there(self, step: Step) -> bool:
         if self.until is not None and step.position >= self.until:
@@ -256,31 +256,31 @@ class RunLog(PassPiece):
     def _entries_of(self, step: Step) -> list[tuple[MapRecord, MapSpec]]:
         found: list[tuple[MapRecord, MapSpec]] = []
         shared: dict[int, StoredTensor] = {}
-        for item, emission in zip(self._items(step), step.emissions, strict=True):
+        for item, map_spec in zip(self._items(step), step.map_specs, strict=True):
             if item is None:
                 continue
             tensor, version, gradient, copied = item
             held = shared.get(id(tensor))
             if held is None:
                 held = shared[id(tensor)] = StoredTensor(tensor, version, copied, gradient)
-                held.arrival = self.wants.retention.arrival(tensor)
+                held.arrival = self.wants.conversion.arrival(tensor)
             entry = MapRecord(
-                emission.kind,
-                self.origin(emission.ref),
+                map_spec.kind,
+                self.origin(map_spec.ref),
                 held,
-                emission.axes,
-                emission.sigma,
-                emission.path,
-                emission.picked,
+                map_spec.axes,
+                map_spec.sigma,
+                map_spec.path,
+                map_spec.picked,
             )
-            if self.edited and emission.kind == "output":
-                entry.edited = self.edited.get(step.at, {}).get(emission.path)
-            found.append((entry, emission))
+            if self.edited and map_spec.kind == "output":
+                entry.edited = self.edited.get(step.at, {}).get(map_spec.path)
+            found.append((entry, map_spec))
         return found
 
     def _items(self, step: Step) -> list[Item | None]:
-        """What was read for each emission of a step."""
-        if not step.emissions:
+        """What was read for each map of a step."""
+        if not step.map_specs:
             return []
         record = self.log[step.at]
         if not step.plain or type(record[1]) is list:
@@ -292,7 +292,7 @@ class RunLog(PassPiece):
         if step.plain == "xy":
             copied = len(record) == 6 and record[5] is True
             slots["x"] = (self.own(record[3]), record[4], x_grad, copied)
-        return [slots[e.slot] for e in step.emissions]
+        return [slots[e.slot] for e in step.map_specs]
 
     def release(self) -> list[Any]:
         """Let go of every tensor; what holds them still."""
@@ -300,5 +300,5 @@ class RunLog(PassPiece):
         return log
 
 
-def _slot(emission: MapSpec) -> tuple[str, bool]:
-    return emission.slot, emission.picked is not None
+def _slot(map_spec: MapSpec) -> tuple[str, bool]:
+    return map_spec.slot, map_spec.picked is not None

@@ -92,7 +92,7 @@ class _KeptSelection:
 
     def __init__(self, kinds: Iterable[str]) -> None:
         self.asked_kinds = frozenset(kinds)
-        self.retention = StorageConversion(None, None)
+        self.conversion = StorageConversion(None, None)
 
     def layer(self, name: str) -> bool:
         """Whether maps of a layer may be there."""

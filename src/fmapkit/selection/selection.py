@@ -138,13 +138,13 @@ class Selection:
         filters: Any,
         detach: bool = True,
         gradients: bool = False,
-        retention: StorageConversion | None = None,
+        conversion: StorageConversion | None = None,
         weights: bool = False,
         check: FiniteCheck | None = None,
     ) -> None:
         self._names = names
         self.weights = weights
-        self.retention = retention or StorageConversion(None, None)
+        self.conversion = conversion or StorageConversion(None, None)
         self.detach = detach
         self.asked_gradients = gradients
         self.gradients = gradients or (check is not None and check.backward)
@@ -328,18 +328,18 @@ class Selection:
 
     def take_at(self, tensor: Tensor, place: Place, doomed: bool = False) -> Tensor:
         """The same, where their place is known."""
-        return self.retention.keep(tensor, place, detach=self.detach, doomed=doomed)
+        return self.conversion.keep(tensor, place, detach=self.detach, doomed=doomed)
 
     def store(self, tensor: Tensor, doomed: bool = False) -> Tensor:
         """What is to be stored of a tensor: often itself."""
-        return self.retention.keep(tensor, detach=self.detach, doomed=doomed)
+        return self.conversion.keep(tensor, detach=self.detach, doomed=doomed)
 
     def put_away(self, held: StoredTensor) -> None:
         """Hold what is to be stored of a map in its place; not if it was written to since."""
         held.check()
         if held.tensor is not None and not held.lost:
             stored = self.store(held.tensor)
-            held.stored(stored, self.retention.arrival(stored))
+            held.stored(stored, self.conversion.arrival(stored))
 
     @staticmethod
     def place(axes: ChannelLayout, picked: tuple[int, ...]) -> Place:

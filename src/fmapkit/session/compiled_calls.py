@@ -98,5 +98,5 @@ class CompiledCalls:
                 sink.hold_output(self.model, output)
             self._passes.end(failed=False)
         else:
-            self.wants.retention.fence()
+            self.wants.conversion.fence()
             self._live.trace_on()

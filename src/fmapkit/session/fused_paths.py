@@ -210,8 +210,8 @@ class FusedPaths:
         if maps is not None and maps.names and live.thread not in beside:
             # Else another capture's lies on the stack.
             ordinary = OrdinaryPath(module, maps, _opened)
-        firings = live.tracer.trace.record.firings if live.tracer is not None else ()
-        told = len(firings), self._paths.position
+        hook_points = live.tracer.trace.record.hook_points if live.tracer is not None else ()
+        told = len(hook_points), self._paths.position
         return _Call(module, output, edits.runs, None, None, ordinary, told, may_skip, drawn)
 
     def outlives(self, error: BaseException | None) -> bool:
@@ -264,18 +264,18 @@ class FusedPaths:
             return False
         reference = trace.record.aliases.reference
         names = {id(reference(tensor)): name for name, tensor in call.ordinary.given.items()}
-        firings, (first, position) = trace.record.firings, call.before
+        hook_points, (first, position) = trace.record.hook_points, call.before
         held = [
             event.held(slot)
-            for firing in firings[first:]
-            for event in firing.events
+            for hook_point in hook_points[first:]
+            for event in hook_point.events
             for slot, _ in event.entries
         ]
         if not all(id(one) in names for one in held):
             return False
         alone = call.alone and not any(map(self._hooks.others_on, call.module.modules()))
         if alone and position == self._paths.position:
-            trace.fused.append(FusedCall(call.module, first, len(firings), names))
+            trace.fused.append(FusedCall(call.module, first, len(hook_points), names))
         return True
 
     def _clear(self) -> None:

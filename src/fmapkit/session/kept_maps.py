@@ -32,7 +32,7 @@ class KeptMaps:
         self._check = asked.check
         # With keep=0, maps go as they are seen; what a check is to look at stays to the end.
         self._fleeting = store.fleeting and asked.check is None
-        copies = bool(wants.retention) or wants.filters is not None
+        copies = bool(wants.conversion) or wants.filters is not None
         put_away = copies or self._analyses or store.fleeting or budget or asked.check is not None
         self._only_references = not put_away
 
@@ -49,10 +49,10 @@ class KeptMaps:
                 self._put_away(current, failed)
 
     def _put_away(self, current: Pass, failed: bool) -> None:
-        retention = self._wants.retention
-        if retention:
+        conversion = self._wants.conversion
+        if conversion:
             self._store_as_asked(current)
-        retention.end()
+        conversion.end()
         if self._check is not None:
             for layer, why in self._check.look(current):
                 self._misses.add(layer, why)
@@ -68,7 +68,7 @@ class KeptMaps:
             self._keep_what_was_asked_for(current)
         if self._store.fleeting:
             current.release()
-            retention.buffers.drop()
+            conversion.buffers.drop()
         elif has_inference_tensors(current):
             settle(current)
         if self._budget is not None and not failed:

@@ -33,7 +33,7 @@ def _goes_gradually(model: nn.Module, wants: Selection) -> bool:
     Copies have memory that is made once, and graphs are to go as soon as they can. The CPU's
     allocator alone gives memory back to the system.
     """
-    if wants.graph or wants.retention or wants.filters is not None:
+    if wants.graph or wants.conversion or wants.filters is not None:
         return False
     first = next(model.parameters(), None)
     return first is None or first.is_cpu
@@ -88,7 +88,7 @@ class Passes:
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         parts.hooks.begin_pass()
         if self.watch.changed():
-            self._restart()
+            self._rebuild()
         elif self.watch.theirs and self._stop is None and self.watch.rid():
             self._learn_anew()  # which a pass that is to end early does not
         self._open(step, ids, mask, compiled)
@@ -138,7 +138,7 @@ class Passes:
             raise self._edits.refused(why)
         return True
 
-    def _restart(self) -> None:
+    def _rebuild(self) -> None:
         """The model has other modules than it had: learn it anew."""
         parts = self._parts
         self.asked.names.refresh()
@@ -173,10 +173,10 @@ class Passes:
             return False
         wants = asked.wants
         # Whoever is shown maps as they come, or stores them otherwise, has what went on, too.
-        shown = wants.outputs if asked.analyses or wants.retention else set()
+        shown = wants.outputs if asked.analyses or wants.conversion else set()
         return asked.edits.placed(wants.kind("input"), shown)
 
-    def restart(self) -> int:
+    def next_block(self) -> int:
         """What comes is another block's; how many passes there were in this one."""
         steps, self.steps, self.told = self.steps, 0, (None, None)
         return steps

@@ -71,7 +71,7 @@ class Recorder:
         record = tracer.trace.record
         self._installer.on_all_in(module)
         tracer.trace.begin_region()
-        position = record.firings.clock()
+        position = record.hook_points.clock()
         frame = tracer.modules.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
@@ -82,7 +82,7 @@ class Recorder:
             module, frame, form, state, sizes, inputs, seen, alone, fill
         )
         self._paths.begin_lesson(module)
-        record.firings.site_of = self._paths.site_of
+        record.hook_points.site_of = self._paths.site_of
         self._live.trace_on()
         return frame.replaced
 
@@ -94,7 +94,7 @@ class Recorder:
         replaced = tracer.leave(module, None if failed else output)
         paused = self._live.trace_off()  # it would see what we look at
         trace.end_region()
-        record.firings.site_of = None
+        record.hook_points.site_of = None
         self._live.recording = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
@@ -146,7 +146,7 @@ class Recorder:
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
-            return tracer.trace.labels.flow(tensor) is not None
+            return tracer.trace.labels.channels(tensor) is not None
 
         def is_new(tensor: Tensor) -> bool:
             return id(tensor) not in passed and is_of_pass(tensor)
@@ -250,7 +250,7 @@ def _check_held(events: list[Event]) -> None:
 
 def _told(plan: Plan, events: Sequence[Event]) -> bool:
     """Whether a plan tells of all edits: of maps, there are only outputs, that stay as they are."""
-    maps = (m for s in plan.steps if s.module in plan.edited for m in s.emissions)
+    maps = (m for s in plan.steps if s.module in plan.edited for m in s.map_specs)
     if plan.edited & plan.scopes or any(one.kind != "output" for one in maps):
         return False
     held = (entry.edited for event in events for _, entry in event.entries)

@@ -23,7 +23,7 @@ from fmapkit.replay import (
     ReplayRegions,
     ReplayRun,
     Truths,
-    carried,
+    form_of_labels,
     shape_of,
     sizes_of,
 )
@@ -50,7 +50,9 @@ UNEDITED = (
 class _Taken:
     """A call that is read by a plan: if the region's next one is given the same, it is its twin."""
 
-    origins: Any  # what its inputs carried (see `carried`); None where nothing around it is known
+    origins: (
+        Any  # what its inputs carried (see `form_of_labels`); None where nothing around it is known
+    )
     state: int  # which the region was in
     modes: Any  # that it ran in
     given: Any  # see `plain_spec`
@@ -114,21 +116,20 @@ class RegionCalls:
                 return None
         inputs = []
         origins = given = None
-        if tracer is not None:
-            if tracer.editor:
-                given = tracer.editor.modules.enter_unit(module, args, kwargs)
-                args, kwargs = (args, kwargs) if given is None else given
+        if tracer is not None and tracer.editor:
+            given = tracer.editor.modules.enter_unit(module, args, kwargs)
+            args, kwargs = (args, kwargs) if given is None else given
         tensors = tensors_in(*args, kwargs)
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
-            origins = carried(inputs, self._wants.of)
+            origins = form_of_labels(inputs, self._wants.of)
         quiet = not others_watch()  # who see our looks, of which a traced pass has more
         form: Any = (shape_of(args), shape_of(kwargs), quiet and sharing(tensors), origins, modes)
         sizes = sizes_of(tensors, args, kwargs)
         if region.kept:
             form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)
-            flow = tracer.trace.labels.flow if tracer is not None else None
-            if flow is not None and any(flow(t) is not None for _, t in region.kept.leaves()):
+            of = tracer.trace.labels.channels if tracer is not None else None
+            if of is not None and any(of(t) is not None for _, t in region.kept.leaves()):
                 form = None  # it is of this pass
         asked = sizes, args, kwargs, inputs
         if not quiet:
@@ -162,7 +163,7 @@ class RegionCalls:
         origins = None
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
-            origins = carried(inputs, self._wants.of)
+            origins = form_of_labels(inputs, self._wants.of)
         if latest.origins != origins:
             return None
         if latest.truths and not latest.reads_the_same(region, tensors):
@@ -229,8 +230,10 @@ class RegionCalls:
     def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
         edits = self._edits
-        tags = (inputs[index] for index in plan.effects.claims if index < len(inputs))
-        return any(edits and isinstance(t, ChannelLabel) and edits.of(t.origin.name) for t in tags)
+        labels = (inputs[index] for index in plan.effects.claims if index < len(inputs))
+        return any(
+            edits and isinstance(t, ChannelLabel) and edits.of(t.origin.name) for t in labels
+        )
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the region is about to run; its arguments, if it is to get others."""
@@ -295,13 +298,13 @@ class RegionCalls:
             return
         # The pass around the region is traced: tell the tracer what it would have seen.
         run.plan.effects.apply(tracer.trace.record, run.emitted(), run.inputs)
-        self._wants.retention.fence()
+        self._wants.conversion.fence()
         if run.plan.effects.rewritten:
             arguments = tensors_in(*args, kwargs)
-            for index, tag in run.plan.effects.rewritten:
-                tracer.trace.labels.put(arguments[index], run.label(tag))
+            for index, label in run.plan.effects.rewritten:
+                tracer.trace.labels.put(arguments[index], run.label(label))
         kept = self._region.kept.leaves()
-        run.tag_outputs(output, kept, tracer.trace.labels.put)
+        run.label_outputs(output, kept, tracer.trace.labels.put)
         live.trace_on()
 
     def _check_beginning(self, run: ReplayRun) -> None:

@@ -111,7 +111,7 @@ class Session:
         show_to_scripting()
         self.parts.regions.clear()
         self.parts.paths.clear()
-        self.wants.retention.close()
+        self.wants.conversion.close()
         self.asked.analyses.view = None
         if not failed:
             self.parts.misses.warn()
@@ -133,7 +133,7 @@ class Session:
 
     def _ended(self, resting: RestingSession[Session] | None = None) -> EndedBlock:
         """What the block has captured; what comes is another block's."""
-        store, missed, steps = self.store.take(), self.parts.misses.take(), self.passes.restart()
+        store, missed, steps = self.store.take(), self.parts.misses.take(), self.passes.next_block()
         return EndedBlock(copy(self.names), self.wants, store, missed, steps, resting)
 
     def go_on(self, resting: RestingSession[Session]) -> None:

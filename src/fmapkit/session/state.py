@@ -55,14 +55,14 @@ class PassState:
         self.recording: Recording | None = None  # the region that is being learned
         self.inner = 0  # how often that region, replayed or learned, is calling itself
         # Of a pass of compiled code, which needs a tracer only where it does not do as before.
-        self.tags: LabelTable | None = None
+        self.labels: LabelTable | None = None
         # What hooks of others were given that only move data, and is not come back yet.
         self.moving: list[tuple[nn.Module, Any]] = []
         self._stacked = False  # the tracer is on torch's stack of modes
 
     def clear(self) -> None:
         """Nothing is under way any more."""
-        self.tracer = self.current = self.frame = self.run = self.recording = self.tags = None
+        self.tracer = self.current = self.frame = self.run = self.recording = self.labels = None
         self.depth = self.inner = 0
         self.moving = []
 
@@ -88,25 +88,25 @@ class PassState:
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""
-        asked, tags, paths = self.asked, self.tags, self.paths
+        asked, labels, paths = self.asked, self.labels, self.paths
         assert self.current is not None
-        if tags is None:
+        if labels is None:
             asked.names.update()
         self.tracer = Tracer.of_pass(
-            asked.names, asked.wants, asked.edits, asked.stop, self.current, self.misses.add, tags
+            asked.names, asked.wants, asked.edits, asked.stop, self.current, self.misses.add, labels
         )
-        self.tracer.trace.record.firings.clock = paths.clock()
+        self.tracer.trace.record.hook_points.clock = paths.clock()
         return self.tracer
 
     def enter_compiled(self, args: Any, kwargs: Any) -> None:
         """A pass of compiled code begins: note what it is given."""
         self.asked.names.update()
-        self.tags = LabelTable(self.asked.names)
-        self.tags.enter(args, kwargs)
+        self.labels = LabelTable(self.asked.names)
+        self.labels.enter(args, kwargs)
 
     def traced(self) -> Tracer | None:
         """The tracer, made now if compiled code has none yet; None where nothing is traced."""
-        if self.tracer is None and self.tags is not None:
+        if self.tracer is None and self.labels is not None:
             return self.new_tracer()
         return self.tracer
 

@@ -26,11 +26,11 @@ from fmapkit.provenance import (
     ParamLabel,
     Projection,
     argument,
-    carried,
     einsum_terms,
     given,
     probabilities,
     projection,
+    propagate,
     words,
 )
 from fmapkit.reasons import Reason
@@ -115,9 +115,9 @@ class AttentionWatch:
     # -- what goes on -------------------------------------------------------------------------
 
     def _follow(self, table: LabelTable, call: FunctionCall) -> None:
-        if not any(map(table.flow, call.operands)):
+        if not any(map(table.channels, call.operands)):
             return
-        found = carried(call, table.flow)
+        found = propagate(call, table.channels)
         if isinstance(found, ChannelLabel) and found.axes is not None and found.axes.parts:
             table.put(call.out, found)
             known = self._softmaxes.get(found.origin)
@@ -134,29 +134,33 @@ class AttentionWatch:
         ):
             return
         for x, other in ((a, b), (b, a)):
-            flow = self._keys.flow(x)
-            if flow is None or flow.axes is None or flow.axes.dim is None:
+            channels = self._keys.channels(x)
+            if channels is None or channels.axes is None or channels.axes.dim is None:
                 continue
-            if flow.axes.dim == _summed(name, x, a, args):
-                self._confirm(self._softmaxes[flow.origin], other)
-        tag = self._trace.labels.of(a)
-        heads = _heads_of(tag.axes if isinstance(tag, ChannelLabel) else None, a)
+            if channels.axes.dim == _summed(name, x, a, args):
+                self._confirm(self._softmaxes[channels.origin], other)
+        label = self._trace.labels.of(a)
+        heads = _heads_of(label.axes if isinstance(label, ChannelLabel) else None, a)
         if heads is not None:
             dim = _place_in_product(name, heads.dim, a, args, out)
             if dim is not None and out.shape[dim] == heads.size:
                 origin, axes = Origin("heads"), ChannelLayout.single(dim, heads.size)
                 self._heads.put(out, ChannelLabel(origin, axes))
                 keys = projection(self._trace.labels.of(b), b.shape)
-                self._made[origin] = projection(tag, a.shape), keys
+                self._made[origin] = projection(label, a.shape), keys
 
     def _softmax(self, call: FunctionCall) -> None:
         scores, out, dim = call.operands[0], call.out, call.argument(1, "dim")
         if not isinstance(dim, int) or out.dim() < 2:
             return
         trace = self._trace
-        flow = self._heads.flow(scores)
-        heads = flow.axes if flow is not None and flow.axes and flow.axes.fit(out.shape) else None
-        made = self._made[flow.origin] if flow is not None else (None, None)
+        channels = self._heads.channels(scores)
+        heads = (
+            channels.axes
+            if channels is not None and channels.axes and channels.axes.fit(out.shape)
+            else None
+        )
+        made = self._made[channels.origin] if channels is not None else (None, None)
         if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
             made = made[::-1]
         origin, running = Origin("softmax"), {f.module for f in trace.frames}

@@ -41,7 +41,7 @@ class Event:
     shared: bool = False  # other maps lie in what it has overwritten, too
     graph: bool = False  # its result is part of an autograd graph
     joins: bool = False  # its result may become part of one
-    firing: HookPoint | None = None
+    hook_point: HookPoint | None = None
     # The maps: ("x" | "y" | path, what is held).
     entries: list[tuple[str, MapRecord]] = field(init=False)
 
@@ -59,13 +59,13 @@ class Event:
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""
         self.forget()
-        self.x_held = self.y_held = self.firing = None
+        self.x_held = self.y_held = self.hook_point = None
         self.entries.clear()
 
     def drop(self) -> None:
         """The event turned out to be part of another one."""
-        if self.firing is not None and self in self.firing.events:
-            self.firing.events.remove(self)
+        if self.hook_point is not None and self in self.hook_point.events:
+            self.hook_point.events.remove(self)
         for _, entry in self.entries:
             entry.held = None
         self.entries.clear()
@@ -108,25 +108,25 @@ class HookPoints(list[HookPoint]):
         self.site_of: Callable[[FrameType, Any], str | None] | None = None
         self.asking: list[FrameType] = []  # who has called it
 
-    def append(self, firing: HookPoint) -> None:
+    def append(self, hook_point: HookPoint) -> None:
         """One more moment, now."""
-        firing.position = self.clock()
-        if firing.module is None and self.site_of is not None and self.asking:
-            firing.site = self.site_of(self.asking[-1], firing.function)
-        super().append(firing)
+        hook_point.position = self.clock()
+        if hook_point.module is None and self.site_of is not None and self.asking:
+            hook_point.site = self.site_of(self.asking[-1], hook_point.function)
+        super().append(hook_point)
 
     def fire(self, event: Event) -> None:
         """A tap of this event would fire: now, unless the end of a module is such a moment."""
         if event.module is None:
-            firing = HookPoint(None, event.scope, event.function)
-            self.append(firing)
+            hook_point = HookPoint(None, event.scope, event.function)
+            self.append(hook_point)
         else:
-            firing = self[-1]
-        firing.events.append(event)
-        event.firing = firing
+            hook_point = self[-1]
+        hook_point.events.append(event)
+        event.hook_point = hook_point
 
     def refire(self, event: Event) -> None:
         """The event turned out to be a module's call, which is just ending."""
-        if event.firing is not None:
-            event.firing.events.remove(event)
+        if event.hook_point is not None:
+            event.hook_point.events.remove(event)
         self.fire(event)

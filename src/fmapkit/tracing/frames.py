@@ -43,7 +43,7 @@ class Frame:
     args: Any
     kwargs: Any
     start: int  # how many events there were
-    firing: int  # how many hook points there were
+    hook_point: int  # how many hook points there were
     writes: int  # how many writes to memory there had been
     replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
     # The tensors in its arguments as it began, if it might change them.
@@ -57,7 +57,7 @@ class Frame:
     watched: bool = False  # it is in a candidate, or is one
     in_place: bool = False
     kept: bool = False  # it left the memory of x as it was
-    tag: Label = None  # what x carries
+    label: Label = None  # what x carries
     counts: Counter[str] = field(init=False)  # as it began; of a region that is learned
     position: int = 0  # how many decisions of the pass had been taken
     own: list[Callable[[], Any]] = field(init=False)  # those that its modules have, of a region
@@ -104,7 +104,7 @@ class SigmaCall:
     kwargs: Any
     sigma: str
     z: Tensor
-    tag: Label
+    label: Label
     place: int = 0  # which of the tensor arguments z is
     original: Any = field(init=False)
     unheld: str | None = None  # why z cannot be held

@@ -1,4 +1,4 @@
-"""What each tensor of a traced pass carries: a flow, a weight, or nothing."""
+"""What each tensor of a traced pass carries: filters of a layer, a weight, or nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LabelTable:
-    """The tags of one pass; they keep no tensor alive."""
+    """The labels of one pass; they keep no tensor alive."""
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -37,13 +37,13 @@ class LabelTable:
         self._known: dict[int, tuple[weakref.ref[Tensor], Label]] = {}
 
     def of(self, value: Any) -> Label:
-        """Flow, weight, or None for a constant."""
+        """Channel label, weight, or None for a constant."""
         found = self._known.get(id(value))
         if found is not None and found[0]() is value is not None:
             # A piece of a flat parameter is the parameter that it was before.
-            tag = found[1]
-            if not (isinstance(tag, ParamLabel) and self._names.in_flat(value)):
-                return tag
+            label = found[1]
+            if not (isinstance(label, ParamLabel) and self._names.in_flat(value)):
+                return label
         whole = self._whole.get(id(value))
         if whole is not None and whole.parameter is value:
             return whole
@@ -52,24 +52,24 @@ class LabelTable:
             return whole
         return None
 
-    def flow(self, value: Any) -> ChannelLabel | None:
-        """The flow alone: for who does not ask whether it is a weight."""
+    def channels(self, value: Any) -> ChannelLabel | None:
+        """The channel label alone, for who does not ask whether it is a weight."""
         found = self._known.get(id(value))
         if found is None or found[0]() is not value:
             return None
         return found[1] if isinstance(found[1], ChannelLabel) else None
 
     def none_of(self, ids: frozenset[int]) -> bool:
-        """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
+        """Whether none of these tensors, told by their ids, has been given a label in this pass."""
         return ids.isdisjoint(self._known)
 
-    def put(self, value: Any, tag: Carried) -> None:
+    def put(self, value: Any, label: Carried) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):
-            if isinstance(tag, (ChannelLabel, ParamLabel)):
-                self._known[id(value)] = (weakref.ref(value), tag)
-        elif isinstance(value, (tuple, list)) and isinstance(tag, list):
-            for v, t in zip(value, tag, strict=False):
+            if isinstance(label, (ChannelLabel, ParamLabel)):
+                self._known[id(value)] = (weakref.ref(value), label)
+        elif isinstance(value, (tuple, list)) and isinstance(label, list):
+            for v, t in zip(value, label, strict=False):
                 self.put(v, t)
 
     def seen(self) -> dict[int, tuple[weakref.ref[Tensor], Label]]:
@@ -80,9 +80,9 @@ class LabelTable:
         self, seen: dict[int, tuple[weakref.ref[Tensor], Label]], known: Collection[int]
     ) -> bool:
         """Whether a tensor, but those known by id, carries something else than was seen."""
-        for key, (ref, tag) in seen.items():
+        for key, (ref, label) in seen.items():
             now = self._known.get(key)
-            if now is not None and key not in known and not is_same(now[1], tag):
+            if now is not None and key not in known and not is_same(now[1], label):
                 if now[0]() is ref() is not None:
                     return True
         return False
@@ -100,17 +100,17 @@ class LabelTable:
             if before.origin.name == now.origin.name:
                 return
         memory, reach = storage_of(target), _reach(target)
-        for ref, tag in tuple(self._known.values()):
+        for ref, label in tuple(self._known.values()):
             other = ref()
-            if other is None or other is target or not isinstance(tag, ChannelLabel):
+            if other is None or other is target or not isinstance(label, ChannelLabel):
                 continue
             first, last = _reach(other)
             if storage_of(other) != memory or first > reach[1] or last < reach[0]:
                 continue
-            if now.origin.name == tag.origin.name and now.origin.kind != "none":
-                self.put(other, ChannelLabel(tag.origin, gathered=True))
-            elif tag.origin.kind != "none":
-                self.put(other, ChannelLabel(NOWHERE, tag.axes, gathered=True))
+            if now.origin.name == label.origin.name and now.origin.kind != "none":
+                self.put(other, ChannelLabel(label.origin, gathered=True))
+            elif label.origin.kind != "none":
+                self.put(other, ChannelLabel(NOWHERE, label.axes, gathered=True))
 
     def enter(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
@@ -121,9 +121,9 @@ class LabelTable:
     def moved(self, before: Any, after: Any) -> None:
         """A hook of torch's redistributed tensors: what they carry goes along."""
         for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
-            tag = self.of(old)
-            if old is not new and isinstance(tag, ChannelLabel):
-                self.put(new, ChannelLabel(tag.origin, _local_axes(tag.axes, old, new)))
+            label = self.of(old)
+            if old is not new and isinstance(label, ChannelLabel):
+                self.put(new, ChannelLabel(label.origin, _local_axes(label.axes, old, new)))
 
     def lent(self, tensor: Tensor) -> bool:
         """Whether its memory is gone once its module has run: a parameter's, under FSDP."""

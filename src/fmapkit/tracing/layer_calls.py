@@ -56,20 +56,20 @@ class LayerCalls:
     def weighed(self, call: FunctionCall, weight: Tensor) -> Tensor:
         """A function has run that is given a weight, one of its operands; what it is to return."""
         trace = self._trace
-        scope, frame, tag = trace.scope(), trace.frames[-1], trace.labels.of(weight)
-        label = trace.names.of_its_own(weight, frame.module)
-        if label is not None:
+        scope, frame, label = trace.scope(), trace.frames[-1], trace.labels.of(weight)
+        layer = trace.names.of_its_own(weight, frame.module)
+        if layer is not None:
             whole, same_rows = True, True
         else:
-            use = self._use(call.name, weight, tag, scope)
-            label, same_rows = trace.names.layer_of(use)
+            use = self._use(call.name, weight, label, scope)
+            layer, same_rows = trace.names.layer_of(use)
             whole = use.is_module and weight.numel() == use.weight.numel()
-        axes = layer_axes(call, weight, tag)
+        axes = layer_axes(call, weight, label)
         if axes is None and whole:
             axes = layer_axes(call, weight, None)
         if not same_rows:
             axes = None  # data may make, or pick, another weight each time
-        if isinstance(tag, ParamLabel) and tag.by_value:
+        if isinstance(label, ParamLabel) and label.by_value:
             trace.decides()
         place = input_place(call, weight)
         x = call.operands[place] if place is not None else None
@@ -78,7 +78,7 @@ class LayerCalls:
         seen = frame.passed(x, call.out)
         event = Event("layer", scope, call.function, place=place or 0, **seen)
         made, computed = self._made_of(call, weight, axes)
-        return self.ran(event, label, x, call.out, axes, made, computed)
+        return self.ran(event, layer, x, call.out, axes, made, computed)
 
     def packed(self, func: Any, args: Any, out: Tensor) -> Tensor:
         """A quantised layer has run, whose weight is no tensor; what it is to return."""
@@ -167,21 +167,21 @@ class LayerCalls:
         own = [(running, key) for key, p in running._parameters.items() if p is tensor]
         return own or self._trace.names.owned_by(tensor)
 
-    def _use(self, function: str, weight: Tensor, tag: Label, scope: nn.Module) -> Use:
+    def _use(self, function: str, weight: Tensor, label: Label, scope: nn.Module) -> Use:
         """Whose weight is used here, as far as the pass can tell."""
         trace = self._trace
         frame, running = trace.frames[-1], trace.running()
         stack = [f.module for f in trace.frames]
         if running is not stack[-1]:
             stack.append(running)
-        made_of = tag.parameter if isinstance(tag, ParamLabel) else weight
-        source = tag.origin.name if isinstance(tag, ChannelLabel) else None
+        made_of = label.parameter if isinstance(label, ParamLabel) else weight
+        source = label.origin.name if isinstance(label, ChannelLabel) else None
         turns = frame.turns = Counter() if frame.turns is None else frame.turns
         turn = turns[function, source]
         turns[function, source] += 1
         return Use(
             weight=made_of,
-            picked=picked(function, tag, weight) if isinstance(tag, ParamLabel) else "",
+            picked=picked(function, label, weight) if isinstance(label, ParamLabel) else "",
             stack=stack,
             is_module=layers.layer_axis(running) is not None,
             scope=scope,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit.editing import RequestedEdits
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of, out_of_place
+from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, channels_of, out_of_place
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
@@ -48,22 +48,22 @@ class LayerEdits:
     def _site(self, own: str, sigma: str, z: Tensor) -> EditSite | None:
         """The nonlinearity that is about to run, if there is something to edit."""
         trace = self.trace
-        tag = trace.labels.of(z)
-        flow = tag if isinstance(tag, ChannelLabel) else STOP
-        none = flow.origin.kind == "none"
-        name = own if none else flow.origin.name
+        label = trace.labels.of(z)
+        channels = label if isinstance(label, ChannelLabel) else STOP
+        none = channels.origin.kind == "none"
+        name = own if none else channels.origin.name
         if not any(self.edits.of(name, kind) for kind in ("preactivation", "activation")):
             return None
         trace.edited = True
-        call = trace.record.counts[own] if none else flow.origin.call
-        return EditSite(name, call, sigma, flow.axes, z)
+        call = trace.record.counts[own] if none else channels.origin.call
+        return EditSite(name, call, sigma, channels.axes, z)
 
     def _apply(
         self, site: EditSite, kind: str, tensor: Tensor, axes: ChannelLayout | None
     ) -> Tensor | None:
         at = self.trace.record.current
-        tags: dict[str, Any] = {"call": site.call, "nonlinearity": site.sigma}
-        return self.edits.apply(kind, tensor, axes, site.name, at, **tags)
+        labels: dict[str, Any] = {"call": site.call, "nonlinearity": site.sigma}
+        return self.edits.apply(kind, tensor, axes, site.name, at, **labels)
 
     # -- functions ----------------------------------------------------------------------------
 
@@ -77,8 +77,10 @@ class LayerEdits:
         if site is None:
             return
         call.site = site
-        flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.trace.labels.of, t)]
-        if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
+        channel_labels = [
+            t for t in tensors_in(*call.args, call.kwargs) if channels_of(self.trace.labels.of, t)
+        ]
+        if len(channel_labels) > 1 and self.edits.of(site.name, "preactivation"):
             self._refuse(site.name, "preactivation", COMPARED.format(call.sigma), site.call)
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
@@ -88,7 +90,7 @@ class LayerEdits:
             site.base = call.z
         if site.base is call.z:  # which will be overwritten: an edit may have to keep what it got
             stand_in = call.z.clone()
-        alone = len(flows) == 1
+        alone = len(channel_labels) == 1
         new = self._apply(site, "preactivation", stand_in, site.axes) if alone else None
         if new is not None:
             self._follow(new, call.z)

@@ -41,34 +41,34 @@ def step(
 ) -> None:
     """A function on lists has run; `goes_on` labels what a call that makes no map has returned."""
     calls = _each_call(whole)
-    tag = _seen_by_each(whole, trace.labels.of)
+    label = _seen_by_each(whole, trace.labels.of)
     for call in calls:
-        z = _operand(trace, call, tag)
+        z = _operand(trace, call, label)
         if z is not None:
             _name(trace, whole, call)
-            found = past_sigma(tag(z), z, call.out)
+            found = past_sigma(label(z), z, call.out)
             trace.follow(call, nonlinear=True)
             trace.labels.put(call.out, found)
-        elif weighs(call.name) and weight_operand(call, tag) is not None:
+        elif weighs(call.name) and weight_operand(call, label) is not None:
             _name(trace, whole, call)
             trace.follow(call)
             trace.labels.put(call.out, STOP)
         else:
-            goes_on(call, tag)
+            goes_on(call, label)
             # To one number, whatever the rule of its name takes the rest for.
             if call.out.dim() < max(operand.dim() for operand in call.operands):
                 trace.labels.put(call.out, STOP)
             trace.follow(call)
 
 
-def _operand(trace: PassTrace, call: FunctionCall, tag: Lookup) -> Tensor | None:
+def _operand(trace: PassTrace, call: FunctionCall, label: Lookup) -> Tensor | None:
     """What a call receives as a nonlinearity: z; None if it is none."""
     if describe(call.function).sigma is not None:
         return call.operands[0]
     frame = trace.frames[-1]
     if call.name not in SOMETIMES or frame.kind == "sigma":
         return None
-    return operand_of_sigma(call, tag, frame.pointwise)
+    return operand_of_sigma(call, label, frame.pointwise)
 
 
 def _name(trace: PassTrace, whole: FunctionCall, call: FunctionCall) -> None:
@@ -104,7 +104,7 @@ def _each_call(call: FunctionCall) -> list[FunctionCall]:
     return calls
 
 
-def _seen_by_each(call: FunctionCall, tag: Lookup) -> Lookup:
+def _seen_by_each(call: FunctionCall, label: Lookup) -> Lookup:
     """What tensors carry, as each of the calls is to see it that a call on lists stands for.
 
     Of a tensor that has a number for each of them, none of them gets an axis.
@@ -112,10 +112,10 @@ def _seen_by_each(call: FunctionCall, tag: Lookup) -> Lookup:
     given = (*call.args, *call.kwargs.values())
     numbers = [value for value in given if isinstance(value, Tensor) and value.dim()]
     if not numbers:
-        return tag
+        return label
 
     def seen(value: Any) -> Label:
-        found = tag(value)
+        found = label(value)
         shared = isinstance(found, ChannelLabel) and any(value is n for n in numbers)
         return STOP if shared else found
 

@@ -67,10 +67,10 @@ class ModuleCalls:
             replaced = editor.modules.input(module, args, kwargs) if editor else None
             if replaced is not None:
                 args, kwargs = replaced
-            counts = len(record.events), len(record.firings), record.aliases.writes
+            counts = len(record.events), len(record.hook_points), record.aliases.writes
             nested = None
             if trace.learning:
-                trace.moments.append((record.firings.clock(), module))
+                trace.moments.append((record.hook_points.clock(), module))
                 given = tensors_in(*args, kwargs)
                 self._reads.made.enter(given)
                 if not _FLAT.issuperset({*map(type, args), *map(type, kwargs.values())}):
@@ -104,7 +104,7 @@ class ModuleCalls:
             frame.watched = True
         if x is not None and frame.kind in ("sigma", "candidate"):
             frame.x_held = trace.record.aliases.reference(x)
-            frame.tag = trace.labels.of(x)
+            frame.label = trace.labels.of(x)
             if self._editor and not trace.opaque:
                 self._editor.enter(frame)
 
@@ -115,10 +115,10 @@ class ModuleCalls:
         trace, module, replaced = self._trace, frame.module, None
         with self._looking():
             parent = trace.frames[-1].module if trace.frames else None
-            firing = HookPoint(module, module, None, parent)
-            trace.record.firings.append(firing)
+            hook_point = HookPoint(module, module, None, parent)
+            trace.record.hook_points.append(hook_point)
             if trace.learning:
-                trace.moments.append((firing.position, None))
+                trace.moments.append((hook_point.position, None))
             edited = self.close(frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited
@@ -145,10 +145,12 @@ class ModuleCalls:
                 return self._close_sigma(frame, output, sigma)
             for missed in frame.unseen:
                 self._trace.miss_of_part(*missed)
-            flow = labels.flow(output) if is_norm(frame, output) else None
-            if flow is not None and flow.origin.kind != "layer":  # no layer stands behind it
+            channels = labels.channels(output) if is_norm(frame, output) else None
+            if (
+                channels is not None and channels.origin.kind != "layer"
+            ):  # no layer stands behind it
                 axis, own = norm_axis(frame.module, output), self._trace.names.of(frame.module)
-                labels.put(output, record.norm(flow, output, axis, own))
+                labels.put(output, record.norm(channels, output, axis, own))
         events = record.events
         for event in events[frame.start :] if len(events) > frame.start else ():
             if event.scope is not frame.module:
@@ -158,7 +160,7 @@ class ModuleCalls:
             whole = whole and not event.in_place
             if whole and (event.y_held is None or event.y_held is record.aliases.reference(output)):
                 event.module = frame.module
-                record.firings.refire(event)
+                record.hook_points.refire(event)
             event.forget()
         return None
 
@@ -183,8 +185,8 @@ class ModuleCalls:
             in_place=frame.in_place or frame.x_held.copied,
             kept=frame.kept,
         )
-        flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
-        axes, result = sigma_axes(flow.axes, x, a), a
+        channels = frame.label if isinstance(frame.label, ChannelLabel) else STOP
+        axes, result = sigma_axes(channels.axes, x, a), a
         given = frame.a if isinstance(frame.a, Tensor) else a  # what a user's hook may have changed
         hooked = given is not a
         if frame.site is not None and self._editor is not None:
@@ -194,8 +196,8 @@ class ModuleCalls:
         if hooked:
             a = given
         own = trace.names.of(module)
-        trace.record.sigma(event, flow, frame.x_held, x, a, own, frame.site)
+        trace.record.sigma(event, channels, frame.x_held, x, a, own, frame.site)
         trace.spare(event)
         if result is a or frame.site is not None:
-            trace.labels.put(result, past_sigma(frame.tag, x, a))
+            trace.labels.put(result, past_sigma(frame.label, x, a))
         return result if frame.site is not None else None

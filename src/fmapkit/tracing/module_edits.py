@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fmapkit import layers
 from fmapkit.editing import RequestedEdits
 from fmapkit.model import Names
-from fmapkit.provenance import ChannelLayout, flow_of
+from fmapkit.provenance import ChannelLayout, channels_of
 from fmapkit.storage import MapRecord, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, rebuilt
@@ -202,8 +202,8 @@ class ModuleEdits(PlacedEdits):
         return output, held
 
     def _axes(self, place: Place, tensor: Tensor) -> ChannelLayout | None:
-        flow = flow_of(self._trace.labels.of, tensor)
-        return flow.axes if flow is not None else None
+        channels = channels_of(self._trace.labels.of, tensor)
+        return channels.axes if channels is not None else None
 
     def _goes_on(
         self, place: Place, axes: ChannelLayout | None, tensor: Tensor, new: Tensor | None
@@ -212,7 +212,7 @@ class ModuleEdits(PlacedEdits):
         # A later pass is told of neither: what its module is as a whole, and a view of itself.
         if any(f.kind != "plain" for f in trace.frames) or goes_on_in(tensor, new):
             trace.edited = True
-        trace.placed[place] = axes, new is not None, trace.record.firings.clock()
+        trace.placed[place] = axes, new is not None, trace.record.hook_points.clock()
         if new is None:
             return
         trace.labels.put(new, trace.labels.of(tensor))

@@ -196,7 +196,7 @@ class PassTrace:
         """
         labels, stops = self.labels, False
         if known.mutates:
-            stops = any(labels.flow(t) is not None for t in tensors_in(*args, kwargs))
+            stops = any(labels.channels(t) is not None for t in tensors_in(*args, kwargs))
         for target in known.writes(args, kwargs):
             self.record.aliases.before_write(target)
             if stops:
@@ -215,15 +215,15 @@ class PassTrace:
 
     def follow(self, call: FunctionCall, nonlinear: bool = False) -> None:
         """Follow what is computed point by point, in a weightless module from its input alone."""
-        frame, flow = self.frames[-1], self.labels.flow
+        frame, channels = self.frames[-1], self.labels.channels
         # Inside a registered nonlinearity, nobody asks for what is computed from what.
         if frame.kind != "sigma" and (nonlinear or call.name in FOLLOWED):
-            frame.pointwise.step(call, flow, nonlinear)
+            frame.pointwise.step(call, channels, nonlinear)
         if not frame.watched:
             return
         for frame in self.frames:
             if frame.degrees is not None:
-                frame.degrees.step(call, flow, nonlinear)
+                frame.degrees.step(call, channels, nonlinear)
 
 
 def _bare_calls(hooked: set[nn.Module]) -> list[Call]:

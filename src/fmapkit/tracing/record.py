@@ -42,7 +42,7 @@ class Record:
         self.miss = miss
         self.graph = wants.graph and current.grads  # its maps are to be part of the autograd graph
         self.events: list[Event] = []
-        self.firings = HookPoints()
+        self.hook_points = HookPoints()
         # How many calls there were of each layer, by its label.
         self.counts: Counter[str] = Counter()
         # Preactivations of replayed regions that a nonlinearity may still claim, by origin.
@@ -52,7 +52,7 @@ class Record:
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive.
 
-        Without waiting for Python's gc: events and firings know each other.
+        Without waiting for Python's gc: events and hook points know each other.
         """
         for origin, unless_claimed in self._unpicked:
             if not (unless_claimed and origin.claimed):
@@ -61,7 +61,7 @@ class Record:
         for event in self.events:
             event.end()
         self.events.clear()
-        self.firings.clear()
+        self.hook_points.clear()
         self.pending.clear()
         self.aliases.end()
 
@@ -70,7 +70,7 @@ class Record:
     def sigma(
         self,
         event: Event,
-        flow: ChannelLabel,
+        channels: ChannelLabel,
         z_held: StoredTensor,
         z: Tensor,
         a: Tensor,
@@ -80,24 +80,24 @@ class Record:
         """One nonlinearity has run: name its layer, hold its pair.
 
         Args:
-            flow: what z carries.
+            channels: what z carries.
             z: what came in, which may have been overwritten.
             own: its own name, where no layer stands behind it.
         """
-        origin = flow.origin
+        origin = channels.origin
         if origin.kind == "none":
             origin = self.next_call("own", own)
         else:
             self.claim(origin)
-        event.axes = flow.axes
+        event.axes = channels.axes
         event.x_held = z_held
         event.y_held = self.aliases.reference(a)
         self._used(z_held, a)
         self._add(event, origin, a)
         if self.wants.layer(origin.name):
-            a_axes = sigma_axes(flow.axes, z, a)
+            a_axes = sigma_axes(channels.axes, z, a)
             new_z, new_a = (None, None) if edited is None else (edited.z_edited, edited.a_edited)
-            self.hold(event, "x", "preactivation", z_held, flow.axes, edited=new_z)
+            self.hold(event, "x", "preactivation", z_held, channels.axes, edited=new_z)
             self.hold(event, "y", "activation", event.y_held, a_axes, edited=new_a)
 
     def layer(self, event: Event, name: str, out: Tensor, axes: ChannelLayout | None) -> Origin:
@@ -147,9 +147,9 @@ class Record:
         self, x: Tensor, out: Tensor, axes: ChannelLayout | None
     ) -> ChannelLayout | None:
         """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
-        flow = self.labels.of(x)
-        if isinstance(flow, ChannelLabel) and flow.axes is not None:
-            return flow.axes
+        channels = self.labels.of(x)
+        if isinstance(channels, ChannelLabel) and channels.axes is not None:
+            return channels.axes
         if axes is None or axes.dim is None:
             return None
         place = axes.dim - out.dim()
@@ -173,17 +173,17 @@ class Record:
             if why is not None:
                 self.miss(name, why)
                 continue
-            flow = self.labels.of(tensor)
-            axes = flow.axes if isinstance(flow, ChannelLabel) else None
+            channels = self.labels.of(tensor)
+            axes = channels.axes if isinstance(channels, ChannelLabel) else None
             self.hold(event, path, "output", self.aliases.reference(tensor), axes, path)
         self.events.append(event)
-        self.firings.fire(event)
+        self.hook_points.fire(event)
         return event
 
-    def norm(self, tag: ChannelLabel, out: Tensor, axis: int, name: str) -> ChannelLabel:
+    def norm(self, label: ChannelLabel, out: Tensor, axis: int, name: str) -> ChannelLabel:
         """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
-        if tag.origin.kind == "layer" or out.dim() < 2:
-            return tag
+        if label.origin.kind == "layer" or out.dim() < 2:
+            return label
         dim = axis % out.dim()
         return ChannelLabel(self.next_call("norm", name), ChannelLayout.single(dim, out.shape[dim]))
 
@@ -192,7 +192,7 @@ class Record:
         event.graph = result.requires_grad
         event.joins = in_function()
         self.events.append(event)
-        self.firings.fire(event)
+        self.hook_points.fire(event)
 
     def next_call(self, kind: str, name: str, counted: str = "") -> Origin:
         """The next call of what goes by the name, or is counted by another one."""

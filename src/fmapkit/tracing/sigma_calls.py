@@ -71,7 +71,7 @@ class SigmaCalls:
         hidden = trace.hidden()
         quiet = frame.kind == "sigma" or trace.opaque > 0 or hidden is not None
         if hidden is not None and self._editor:
-            self._editor.refuse_hidden(call.tag, hidden)
+            self._editor.refuse_hidden(call.label, hidden)
         if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
             trace.miss_here(Reason.SIGMA_IN_A_HOOK.text(sigma=call.sigma))
         call.unheld = unheld(z)
@@ -136,12 +136,12 @@ class SigmaCalls:
         """It has run: what it is to return."""
         trace = self._trace
         frame, z, a = trace.frames[-1], call.z, out
-        flow = call.tag if isinstance(call.tag, ChannelLabel) else STOP
+        channels = call.label if isinstance(call.label, ChannelLabel) else STOP
         operands = [z] if known.sigma is not None else tensors_in(*call.args, call.kwargs)
         given = known.name, call.function, call.args, call.kwargs, out
         trace.follow(FunctionCall(*given, operands), nonlinear=True)
         if call.unheld is None:
-            trace.labels.put(a, past_sigma(call.tag, z, a))
+            trace.labels.put(a, past_sigma(call.label, z, a))
         if call.kept and z is frame.x:
             frame.kept = True
         if call.in_place and z is frame.x:
@@ -167,8 +167,8 @@ class SigmaCalls:
         )
         own = trace.own_name(scope, call.sigma)
         if call.site is not None and self._editor is not None:
-            out = self._editor.after(call.site, a, sigma_axes(flow.axes, z, a))
-        trace.record.sigma(event, flow, call.held, z, a, own, call.site)
+            out = self._editor.after(call.site, a, sigma_axes(channels.axes, z, a))
+        trace.record.sigma(event, channels, call.held, z, a, own, call.site)
         trace.spare(event)
         if call.site is not None:
             trace.labels.put(out, trace.labels.of(a))

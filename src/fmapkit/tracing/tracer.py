@@ -7,7 +7,7 @@ what it is, and hands it on:
     Tracer.__torch_function__ ─┬─ SigmaCalls.of, before, after   a nonlinearity called as a function
                                ├─ LayerCalls.weighed, packed     a layer
                                ├─ list_calls.step                a function on lists of tensors
-                               ├─ propagate.carried              any other: labels go on
+                               ├─ propagate                      any other: labels go on
                                └─ AttentionWatch.step            attention probabilities
     Tracer.leave ────────────── ModuleCalls.enter, leave         what a module's call has been
 
@@ -42,9 +42,9 @@ from fmapkit.provenance import (
     FunctionCall,
     Lookup,
     beside_numbers,
-    carried,
     describe,
     described,
+    propagate,
     target_of,
     weight_operand,
 )
@@ -182,7 +182,7 @@ class Tracer(ObserverMode):
             if sigma is not None:
                 func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
-        asking = trace.record.firings.asking
+        asking = trace.record.hook_points.asking
         asking.append(sys._getframe(1))
         try:
             with self._looking():
@@ -274,16 +274,16 @@ class Tracer(ObserverMode):
         name, trace = call.name, self.trace
         if trace.learning and not trace.opaque and (known.weighs or known.sometimes):
             # Nothing this time; but who waits for what goes by this name will see it, too.
-            trace.record.firings.append(HookPoint(None, trace.scope(), call.function))
+            trace.record.hook_points.append(HookPoint(None, trace.scope(), call.function))
         self._carry(call, trace.labels.of, known.in_place and name in RESHAPED_IN_PLACE)
 
-    def _carry(self, call: FunctionCall, tag: Lookup, reshaped: bool = False) -> None:
+    def _carry(self, call: FunctionCall, look_up: Lookup, reshaped: bool = False) -> None:
         """Labels go on through a function; if it has reshaped its operand in place, they stop."""
         name, out, trace = call.name, call.out, self.trace
         if reshaped:  # no rule is told what shape it had
-            label = STOP if any(tag(x) is not None for x in call.operands) else None
+            label = STOP if any(look_up(x) is not None for x in call.operands) else None
         else:
-            label = carried(call, tag)
+            label = propagate(call, look_up)
         if (
             name in NORM_AXIS
             and isinstance(label, ChannelLabel)
