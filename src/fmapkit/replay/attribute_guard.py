@@ -194,7 +194,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _runs_torchs(forward: Any) -> bool:
-    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+    return type(forward) is types.FunctionType and str(forward.__module__).startswith("torch.")
 
 
 # Modules of torch's that make the same calls whatever their attributes are, but for the mode, and

@@ -89,7 +89,7 @@ class _Look:
         # It would call the same kernel again. What it has made of its arguments, as one mask of
         # two, it makes anew each time; and code of others may give it other attributes.
         self.lasts = not kernel.kwargs and all(id(w) in own for w in self._weights)
-        self.lasts = self.lasts and all(type(m).__module__.startswith(_TORCHS) for m in inside)
+        self.lasts = self.lasts and all(str(type(m).__module__).startswith(_TORCHS) for m in inside)
 
     def holds(self, form: Any) -> bool:
         """Whether a call of a form would do the same."""

@@ -141,7 +141,7 @@ def code_inside(module: nn.Module) -> list[nn.Module]:
         part
         for part in parts
         if part not in computing
-        and (not type(part).__module__.startswith("torch.") or "forward" in part.__dict__)
+        and (not str(type(part).__module__).startswith("torch.") or "forward" in part.__dict__)
     ]
 
 
