@@ -8,13 +8,17 @@ from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 # Since Python 3.12 torch is told of writes, but of no attribute's that lies in the object itself.
 _guards: Any = getattr(torch._C._dynamo, "guards", None) if sys.version_info < (3, 12) else None
 _version: Callable[[Any], int] | None = getattr(_guards, "dict_version", None)
 
 # Of dicts that are no more than that, whether a write to one can be told without a look into it.
-writes_are_counted = _version is not None
+_EACH = nn.Module()  # older versions of torch have an OrderedDict in each module
+writes_are_counted = (
+    _version is not None and type(_EACH._modules) is type(_EACH._parameters) is dict
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
