@@ -73,6 +73,7 @@ EXCHANGED: dict[str, tuple[Any, Any]] = {
     "operators": (aten.neg, aten.relu),
     "names of methods": (operator.methodcaller("neg"), operator.methodcaller("relu_")),
     "arguments": (operator.methodcaller("clamp", -9), operator.methodcaller("clamp", 0)),
+    "keywords": (operator.methodcaller("clamp", min=-9), operator.methodcaller("clamp", min=0)),
     "static methods": (staticmethod(torch.neg), staticmethod(torch.relu)),
     "caches": (functools.cache(torch.neg), functools.cache(torch.relu)),
     "calls": (call_of(torch.neg), call_of(torch.relu)),
@@ -89,6 +90,19 @@ def test_it_becomes_a_nonlinearity(what: str, mode: Any) -> None:
             found = [fm.tensor for fm in maps.select("fc", "activation")]
             assert len(found) == (n >= 4)
             assert all(torch.equal(a, z.relu()) for a in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("what", EXCHANGED)
+def test_no_pass_is_lost_where_it_stays(what: str, which: int) -> None:
+    model = Unary()
+    model.held[0] = EXCHANGED[what][which]
+    with capture(model) as maps:
+        for _ in range(5):
+            model(torch.randn(2, 4))
+            assert maps.select("fc")
+    assert not maps.missed
 
 
 WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {

@@ -250,7 +250,7 @@ def _wrapper(function: Any) -> Any:
 def _getter(function: Any) -> Any:
     """What gets items or attributes, or calls a method, of whatever it is given."""
     kind, given = function.__reduce__()
-    return kind, flat(given)
+    return _callable(kind), flat(given)  # with keywords, it is made by a partial function
 
 
 def _around(function: Any) -> Any:
