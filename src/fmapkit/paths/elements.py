@@ -12,13 +12,13 @@ import array
 import collections
 import types
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fmapkit.paths.items import ITEM_OF, PLAIN, class_of, flat, ignore, item_of_class
+from fmapkit.paths.items import ITEM_OF, class_of, flat, ignore, item_of_class, row
 from fmapkit.torchlib.caching import remembered
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
@@ -58,7 +58,7 @@ def picks_by_index(kind: type) -> bool:
 def item_of_elements(kind: type) -> Callable[[Any], Any]:
     """What makes an item of what values of a class hold."""
     if kind in (tuple, list):
-        return _columns
+        return partial(row, part=_column)  # of columns, as those of `zip(*columns)`
     if kind not in (set, frozenset):
         item_of = ITEM_OF.get(kind) or item_of_class(kind)
         if item_of is not ignore:
@@ -68,15 +68,6 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
         return ignore
 
     return lambda given: (class_of(kind), *[flat(each, 1) for each in contents(given)])
-
-
-def _columns(given: Any) -> Any:
-    """The elements of a row, as of the columns in `zip(*columns)`."""
-    found: list[Any] = [type(given)]
-    for value in given:
-        kind = type(value)
-        found.append(value if kind in PLAIN else kind if kind is Tensor else _column(value))
-    return tuple(found)
 
 
 def _column(given: Any) -> Any:

@@ -43,9 +43,10 @@ _AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
 _CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
+_METHODS_IN_C = types.MethodDescriptorType, types.WrapperDescriptorType
 _OPERATORS = type(torch.ops.aten.neg), type(torch.ops.aten.neg.default)
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
-NO_KEYS = (dict,)
+_NO_KEYS = (dict,)
 _SETTINGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
 _YES, _NO = (bool, True), (bool, False)
 
@@ -140,19 +141,26 @@ def _tensor(given: Any) -> Any:
     return type(given) if place is None else place
 
 
-def _row(given: Any) -> Any:
-    """A tuple or a list; mostly a shape, or arguments that are passed on."""
+def row(given: Any, part: Callable[[Any], Any] | None = None) -> Any:
+    """A tuple or a list; mostly a shape, or arguments that are passed on.
+
+    Args:
+        part: gives the item of what is no plain value and no tensor in it; None for `flat`.
+    """
     found: list[Any] = [type(given)]
     for value in given:
         kind = type(value)
-        found.append(value if kind in PLAIN else Tensor if kind is Tensor else flat(value, depth=1))
+        if kind in PLAIN or kind is Tensor:
+            found.append(Tensor if kind is Tensor else value)
+        else:
+            found.append(flat(value, depth=1) if part is None else part(value))
     return tuple(found)
 
 
 def _dict(given: Any) -> Any:
     """A dict; mostly keyword arguments that are passed on."""
     if not given:
-        return NO_KEYS
+        return _NO_KEYS
     found: list[Any] = [dict]
     for key, value in given.items():
         kind = type(value)
@@ -298,8 +306,7 @@ CALLABLES: dict[type, Callable[[Any], Any]] = {
     _BUILTIN: item_of_builtin,
     types.MethodType: _method,
     functools.partial: _partial,
-    **dict.fromkeys((types.MethodDescriptorType, types.WrapperDescriptorType), _itself),
-    **dict.fromkeys((*_OPERATORS, np.ufunc), _itself),
+    **dict.fromkeys((*_METHODS_IN_C, *_OPERATORS, np.ufunc), _itself),
     types.MethodWrapperType: _wrapper,
     **dict.fromkeys((type(functools.cache(len)), staticmethod), _around),
     **dict.fromkeys((operator.attrgetter, operator.itemgetter, operator.methodcaller), _getter),
@@ -310,8 +317,8 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     bool: lambda given: TRUE if given else FALSE,
     float: lambda given: (float, given),
     torch.Size: lambda given: (torch.Size, *given),
-    tuple: _row,
-    list: _row,
+    tuple: row,
+    list: row,
     dict: _dict,
     **dict.fromkeys((set, frozenset, slice), flat),
     nn.Parameter: _tensor,

@@ -28,10 +28,9 @@ _TRACED_AS: dict[Any, Any] = {
     r.caught: lambda site: None,
     r.compared: lambda append, name, left, right: getattr(operator, name)(left, right),
     **dict.fromkeys((r.value, r.exact, r.index, r.indexed, r.handed, r.put, r.resumed), _last),
-    r.entered: _last,
     **dict.fromkeys((r.elements, r.unpacked, r.keys, r.ordered, r.picked, r.repeated), _last),
     **dict.fromkeys((r.keyed, r.mapped, r.ranked, r.ranking, r.called, r.chosen), _last),
-    **dict.fromkeys((r.method, r.chosen_method, r.tapped, r.fusing), _last),
+    **dict.fromkeys((r.method, r.chosen_method, r.tapped, r.fusing, r.entered), _last),
 }
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {f"{MARK}{f.__name__}": f for f in (*_TRACED_AS, type, Tensor)}

@@ -22,7 +22,6 @@ from fmapkit.paths.items import (
     FALSE,
     IN_TORCH,
     ITEM_OF,
-    NO_KEYS,
     NUMBERS,
     PLAIN,
     TRUE,
@@ -225,9 +224,6 @@ def unpacked(append: Callable[[Any], None], given: _T) -> _T:
         if kinds.count(Tensor) == len(kinds):  # the item that follows below, in C
             append((tuple, *kinds))
             return given
-    elif kind is dict and not given:
-        append(NO_KEYS)
-        return given
     if kind is not Tensor and append is not _NOTHING:
         item_of = item_of_elements(kind)
         if item_of is not ignore:

@@ -131,7 +131,7 @@ class ModelGuard:
             or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
             or (written and ever_compiled() and self._compiled != self._compiled_calls())
-            or ((RemovableHandle.next_id, call_override.changes) != self._last and self._hooked())
+            or (self.counted() != self._last and self._hooked())
         )
 
     def _rearranged(self) -> bool:

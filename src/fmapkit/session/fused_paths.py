@@ -191,22 +191,22 @@ class FusedPaths:
     def _fused(self, kernel: FusedKernel, may_skip: bool) -> _Call:
         """Run the fused path; `may_skip`: nobody else has to see the ordinary one."""
         live, module, edits = self._live, kernel.module, self._edits
-        own = tuple(map(self._names.of, code_inside(module))) if not edits else ()
-        if own:
-            return _Call(module, kernel(), edits.runs, own=own)
+        maps = None
         if edits or self._attention:
             output = kernel()
-            drawn = _as_drawn(output) if may_skip and not edits else None
-            return _Call(module, output, edits.runs, alone=may_skip, drawn=drawn)
-        steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
-        try:
-            output, maps = kernel.run(None if steps is None else steps.wanted)
-        except Exception as error:
-            output, maps = kernel(), None  # raises it again, if it is the user's
-            self._fault(module, error)
-        if maps is not None and steps is not None and steps.wanted <= maps.names:
-            return _Call(module, output, edits.runs, steps, maps)
-        drawn, ordinary = _as_drawn(output) if may_skip else None, None
+        else:
+            steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
+            try:
+                output, maps = kernel.run(None if steps is None else steps.wanted)
+            except Exception as error:
+                output = kernel()  # raises it again, if it is the user's
+                self._fault(module, error)
+            if maps is not None and steps is not None and steps.wanted <= maps.names:
+                return _Call(module, output, edits.runs, steps, maps)
+        own = () if edits else tuple(map(self._names.of, code_inside(module)))
+        if own:
+            return _Call(module, output, edits.runs, own=own)
+        drawn, ordinary = _as_drawn(output) if may_skip and not edits else None, None
         if maps is not None and maps.names and live.thread not in beside:
             # Else another capture's lies on the stack.
             ordinary = OrdinaryPath(module, maps, _opened)

@@ -14,8 +14,9 @@ from torch import nn
 _guards: Any = getattr(torch._C._dynamo, "guards", None) if sys.version_info < (3, 12) else None
 _version: Callable[[Any], int] | None = getattr(_guards, "dict_version", None)
 
-# Of dicts that are no more than that, whether a write to one can be told without a look into it.
-_EACH = nn.Module()  # older versions of torch have an OrderedDict in each module
+# Whether a write to a dict of a module's can be told without a look into it. Older versions of
+# torch have an OrderedDict there.
+_EACH = nn.Module()
 writes_are_counted = (
     _version is not None and type(_EACH._modules) is type(_EACH._parameters) is dict
 )

@@ -83,13 +83,13 @@ class _Look:
         self._places = [(at, places[id(a)]) for at, a in enumerate(kernel.args) if id(a) in places]
         inputs = {at for at, _ in self._places}
         self._args = [None if at in inputs else a for at, a in enumerate(kernel.args)]
-        own = {id(p): p for m in inside for p in m._parameters.values()}
+        own = {id(p) for m in inside for p in m._parameters.values()}
+        torchs = all(str(type(m).__module__).startswith(_TORCHS) for m in inside)
         self._weights = [a for a in self._args if isinstance(a, Tensor)]
         self._types = list(map(_type, self._weights))
         # It would call the same kernel again. What it has made of its arguments, as one mask of
         # two, it makes anew each time; and code of others may give it other attributes.
-        self.lasts = not kernel.kwargs and all(id(w) in own for w in self._weights)
-        self.lasts = self.lasts and all(str(type(m).__module__).startswith(_TORCHS) for m in inside)
+        self.lasts = torchs and not kernel.kwargs and all(id(w) in own for w in self._weights)
 
     def holds(self, form: Any) -> bool:
         """Whether a call of a form would do the same."""
