@@ -119,9 +119,8 @@ def test_python_calls() -> None:
     taps = {k: n for k, n in calls.items() if k.endswith(("Tap.__call__", "_After.around"))}
     alone = {"OutputCallTap.__call__": ALONE}
     assert taps == {"KeepingCallTap.__call__": SITES, **alone}
-    # An in-place σ is a few calls of ours: z is looked at, σ runs out of place, z gets its memory.
-    for name in ("may_leave_memory", "_has_own_memory", "write_apart"):
-        assert calls.pop(name) == SITES
+    # An in-place σ is one more call of ours: its memory is looked at, and it runs out of place.
+    assert calls.pop("sigma_apart") == SITES
     recorded = sum(calls.pop(name, 0) for name in RECORDERS)
     # Functions that run, what they are told to call; and whose call it is that we stand before.
     assert recorded <= 9 + 4 * 9 + 1 + ALONE
@@ -182,7 +181,6 @@ def _beside_bare(train: bool) -> tuple[Counter[str], Counter[str]]:
 def test_operators_in_inference() -> None:
     """None but a ReLU out of place for one in place, and its memory given to the other tensor."""
     more, less = _beside_bare(False)
-    more.pop("_has_compatible_shallow_copy_type")  # asked by `x.data = y`
     assert more == {"relu": SITES, "clamp_min": SITES}
     assert less == {"relu_": SITES, "clamp_min_": SITES}
 

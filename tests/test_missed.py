@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import CaptureWarning, FeatureMaps, capture
@@ -127,3 +129,84 @@ def test_what_nobody_asked_for_is_not_named(asked: dict[str, Any], named: list[s
             model(x)
             model.head(torch.zeros(2, 5))  # outside of a pass
     assert [m.layer for m in maps.missed] == named
+
+
+class Encoder(nn.Module):
+    """Its forward calls methods that others may call, too; one of them is never a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(F.relu(self.stem(x))))
+
+    @torch.no_grad()
+    def wrapped(self, x: Tensor) -> Tensor:
+        return self.encode(x)
+
+    def stages(self, x: Tensor) -> Iterator[Tensor]:
+        yield F.relu(self.stem(x))
+
+    def score(self, x: Tensor) -> Tensor:
+        return F.relu(self.head(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.stages(x)).mean() + self.head(self.encode(x))
+
+
+class Caller(nn.Module):
+    """A model of its own that uses a part of another one."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encode = encoder.encode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 3, 5])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        (lambda m, x: m.encode(x), ["stem", "conv"]),
+        (lambda m, x: m.wrapped(x), ["stem", "conv"]),
+        (lambda m, x: list(m.stages(x)), ["stem"]),
+        (lambda m, x: m.score(torch.zeros(1, 4, 5, 5)), ["head"]),
+        (lambda m, x: Encoder()(x), []),  # another one of the class
+    ],
+)
+def test_methods_that_are_called_outside_of_a_pass(
+    run: Callable[[Encoder, Tensor], object], named: list[str], every: int, passes: int
+) -> None:
+    """Which of the methods run in passes, too, is nothing to that."""
+    model, x = Encoder().eval(), torch.randn(1, 3, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, every=every) as maps, torch.no_grad():
+            for _ in range(passes):
+                model(x)
+            assert not maps.missed
+            run(model, x)
+            model(x)
+            model(x)
+            assert len(maps) == 7
+    assert [m.layer for m in maps.missed] == named
+    assert {m.why for m in maps.missed} <= {Reason.OUTSIDE_OF_FORWARD}
+
+
+def test_a_method_that_is_called_in_the_pass_of_another_model() -> None:
+    """Its decisions are recorded there: nobody is told that it runs."""
+    model, x = Encoder().eval(), torch.randn(1, 3, 9, 9)
+    other = Caller(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with torch.no_grad(), capture(model) as maps:
+            for _ in range(4):
+                model(x)
+            with capture(other):
+                for _ in range(3):
+                    other(x)
+    assert [m.layer for m in maps.missed] == ["stem", "conv"]

@@ -6,7 +6,9 @@ return, what they keep and what a hand-made copy of z says must be equal, bit fo
 
 from __future__ import annotations
 
+import copy
 import enum
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -394,6 +396,80 @@ def test_memory_that_was_handed_out(share: Any, function: bool, mode: Any) -> No
             assert torch.equal(model(x), z.relu())
             assert torch.equal(maps["fc", "preactivation"].tensor, z)
             assert torch.equal(maps["fc", "activation"].tensor, z.relu())
+
+
+class Written(nn.Module):
+    """Writes to a tensor before its in-place σ, and tells how often that was written to."""
+
+    def __init__(self, writes: int, function: bool) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
+        self.writes, self.function = writes, function
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, int, int]:
+        h = self.fc(x)
+        for _ in range(self.writes):
+            h += 1
+        before = h._version
+        for n in range(2):
+            if self.function:
+                F.relu(h, inplace=True)
+            else:
+                self.act(h)
+            if not n:
+                h -= 0.5
+        view = h[:1]
+        view *= 2
+        return h.clone(), before, h._version, view._version
+
+
+@pytest.mark.parametrize("kinds", [None, ("response", "preactivation", "activation")])
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("writes", [0, 1, 3, 20])
+def test_writes_are_counted_as_in_the_bare_model(writes: int, function: bool, kinds: Any) -> None:
+    model = Written(writes, function)
+    bare = copy.deepcopy(model)
+    asked = {} if kinds is None else {"kinds": kinds}
+    with torch.no_grad(), capture(model, **asked) as maps:
+        for _ in range(6):
+            x = torch.randn(2, 4)
+            given, *counted = model(x)
+            true, *expected = bare(x)
+            assert torch.equal(given, true)
+            assert counted == expected
+            z = F.linear(x, model.fc.weight, model.fc.bias)
+            for fm in maps.select(kind="response"):
+                assert torch.equal(fm.tensor, z)
+            for _ in range(writes):
+                z = z + 1
+            for n, pair in enumerate((z, z.relu() - 0.5)):
+                assert torch.equal(maps.select(kind="preactivation")[n].tensor, pair)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_gradient_of_an_input_stays(function: bool) -> None:
+    """An in-place σ on what the model is given, which was a leaf before."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(F.relu(x, inplace=True) if function else self.act(x))
+            return y
+
+    model = Net()
+    with torch.no_grad(), capture(model):
+        for _ in range(6):
+            x = torch.randn(2, 4)
+            x.grad = grad = torch.ones(2, 4)
+            x.kept, name = "kept", weakref.ref(x)  # type: ignore[attr-defined]
+            expected = F.linear(x.relu(), model.fc.weight, model.fc.bias)
+            assert torch.equal(model(x), expected)
+            assert x.grad is grad
+            assert name() is x
+            assert x.kept == "kept"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("share", SHARED)

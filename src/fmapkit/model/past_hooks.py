@@ -4,14 +4,15 @@ That is `child.forward(x)`, and a class with a `__call__` of its own. Python's s
 doors: the submodules that a model's methods call when nobody calls its `forward`. `model.encode(x)`
 runs parts of the model outside of a pass. Their maps are not captured, and that is to be named,
 which takes a hook on something that runs. Inside a region there are hooks on taps only; so whatever
-a method other than `forward` mentions gets one, unless there is a tap in it.
+a method other than `forward` mentions gets one, unless there is a tap in it, or the method tells of
+its calls itself.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -130,34 +131,41 @@ def _places(kind: type[nn.Module]) -> dict[_Place, str]:
 # -- doors -----------------------------------------------------------------------------------------
 
 
-def doors(region: nn.Module, tapped: Set[nn.Module]) -> list[nn.Module]:
+def doors(
+    region: nn.Module, tapped: Set[nn.Module], telling: Callable[[FunctionType], bool]
+) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.
 
-    A call of what `tapped` ones are in does not go unseen: these have hooks already.
+    Args:
+        region: the module that is replayed.
+        tapped: a call of what these are in does not go unseen: they have hooks already.
+        telling: which methods tell of their calls, wherever they come from.
     """
     found: dict[nn.Module, None] = {}
     for module in modules_in(region):
-        if not module._modules:
+        children = module._modules
+        if not children:
             continue
-        for name in _mentioned(type(module)).intersection(module._modules):
-            child = module._modules[name]
-            if child is not None and not tapped & {*modules_in(child)}:
-                found[child] = None
+        for function, names in _methods(type(module)):
+            for name in () if telling(function) else names.intersection(children):
+                child = children[name]
+                if child is not None and not tapped & {*modules_in(child)}:
+                    found[child] = None
     return list(found)
 
 
 @remembered
-def _mentioned(kind: type) -> frozenset[str]:
-    """The attributes that methods of a class mention which run neither in a pass nor before one."""
-    found: set[str] = set()
+def _methods(kind: type) -> list[tuple[FunctionType, frozenset[str]]]:
+    """The methods of a class that run neither in a pass nor before one; what each mentions."""
+    found: list[tuple[FunctionType, frozenset[str]]] = []
     for base in kind.__mro__:
         if base is nn.Module or base.__module__.startswith("torch.nn.modules."):
             break
         for name, value in vars(base).items():
             function: Any = getattr(value, "__wrapped__", value)  # @torch.no_grad() and the like
             if name not in ("forward", "__init__") and isinstance(function, FunctionType):
-                found.update(_names(function.__code__))
-    return frozenset(found)
+                found.append((function, frozenset(_names(function.__code__))))
+    return found
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -13,7 +13,9 @@ from fmapkit.paths.number_rules import by_rule as by_rule
 from fmapkit.paths.number_rules import differences as differences
 from fmapkit.paths.number_rules import rules_of as rules_of
 from fmapkit.paths.recorders import taps as taps
+from fmapkit.paths.recorders import tells_of_calls as tells_of_calls
 from fmapkit.paths.sinks import unrecorded as unrecorded
+from fmapkit.paths.sinks import when_unrecorded as when_unrecorded
 from fmapkit.paths.survey import runs_own_code as runs_own_code
 from fmapkit.paths.twins import Resting as Resting
 from fmapkit.paths.twins import keeps_number as keeps_number

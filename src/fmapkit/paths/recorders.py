@@ -34,7 +34,7 @@ from fmapkit.paths.items import (
     other_callable,
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
-from fmapkit.paths.sinks import append_of, ident
+from fmapkit.paths.sinks import append_of, ident, tell_unrecorded, when_unrecorded
 from fmapkit.torchlib.fused.paths import instead_of
 
 _T = TypeVar("_T")
@@ -57,7 +57,11 @@ _BY_PLACE = frozenset(
 
 def enter(site: str) -> Callable[[Any], None]:
     """A function begins; what its items are to be given to while it runs."""
-    append: Callable[[Any], None] = append_of(ident(), _NOTHING)
+    append: Callable[[Any], None] | None = append_of(ident())
+    if append is None:
+        if when_unrecorded:
+            tell_unrecorded(sys._getframe(1))
+        return _NOTHING
     append(site)
     return append
 
@@ -73,6 +77,8 @@ def resumed(site: str, given: _T) -> _T:
     append = append_of(ident())
     if append is not None:
         append(site)
+    elif when_unrecorded:
+        tell_unrecorded(sys._getframe(1))
     return given
 
 
@@ -195,6 +201,11 @@ def _records(function: Any) -> bool:
         return function.__self__ is math
     code = function.__code__ if type(function) is _FUNCTION else None
     return code is not None and id(code) in twins and not _BEGIN.isdisjoint(code.co_names)
+
+
+def tells_of_calls(function: types.FunctionType) -> bool:
+    """Whether a function runs a twin that tells of each of its calls as it begins."""
+    return id(function.__code__) in twins and f"{MARK}enter" in function.__code__.co_names
 
 
 def compared(append: Callable[[Any], None], name: str, left: Any, right: Any) -> Any:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class DecisionSink:
 _appends: dict[int, Callable[[Any], None]] = {}
 append_of: Any = _appends.get
 sinks: dict[int, DecisionSink] = {}
+# Called with its frame when a function that records begins, or goes on, where nothing is recorded.
+when_unrecorded: list[Callable[[FrameType], None]] = []
 
 
 def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:
@@ -49,6 +52,12 @@ def stop() -> None:
         sink.users -= 1
         if not sink.users:
             del _appends[thread], sinks[thread]
+
+
+def tell_unrecorded(frame: FrameType) -> None:
+    """A function has begun, or goes on, in a thread that does not record."""
+    for tell in tuple(when_unrecorded):
+        tell(frame)
 
 
 @contextmanager

@@ -38,13 +38,14 @@ from fmapkit.torchlib.call_override import (
     note,
     passed_over,
 )
-from fmapkit.torchlib.in_place import may_leave_memory, with_new_memory, write_apart
+from fmapkit.torchlib.in_place import sigma_apart, with_new_memory
 from fmapkit.torchlib.memory import version_of
 
 # What every module has, and what we set.
 _OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
 _getframe: Callable[[int], FrameType] = sys._getframe
 _functional = vars(nn.functional)
+_NO_NAMES: dict[str, Any] = {}
 
 
 class CallTap(CallOverride):
@@ -183,20 +184,18 @@ class KeepingCallTap(CallTap):
             self.line.run.stray(type(module).__name__)
             return self.inner(*args, **kwargs)
         try:
-            x = args[0]
+            x, z = args[0], None
             # Where another capture stands behind us, it is to see the module's own call.
-            if not fresh or type(self.inner) is not MethodType or not may_leave_memory(x):
-                return self._slowly(args, kwargs)
-            version = x._version + 1
-            if self._varies:
-                self._refresh()
-            z, a = x.data, self._sigma(x)
+            if fresh and type(self.inner) is MethodType:
+                if self._varies:
+                    self._refresh()
+                z = sigma_apart(x, self._sigma, (x,), _NO_NAMES)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.fault(module, error)
             return self.inner(*args, **kwargs)
-        if not write_apart(x, a):
+        if z is None:
             return self._slowly(args, kwargs)
-        note((module, x, version, z, 0, False))
+        note((module, x, x._version, z, z._version, False))
         drop(None)
         return x
 

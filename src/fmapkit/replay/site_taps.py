@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode
 from fmapkit.provenance import describe, out_of_place
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.torchlib.autograd import graph_task
-from fmapkit.torchlib.in_place import may_leave_memory, write_apart
+from fmapkit.torchlib.in_place import sigma_apart
 from fmapkit.torchlib.modes import ObserverMode, leave_mode
 
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
@@ -115,18 +115,17 @@ class _KeptTap(_SiteTap):
         if cell is None:
             return self.function(*args, **kwargs)
         note, _, _, drop, fresh = cell
-        x = args[0] if args else None
-        if not fresh or not may_leave_memory(x):
+        other = None
+        if fresh and args:
+            if kwargs.get("inplace"):
+                other = self.function, args, {**kwargs, "inplace": False}
+            else:
+                other = out_of_place(self.function, args, kwargs)
+        z = None if other is None else sigma_apart(args[0], *other)
+        if z is None:
             return self.slowly(args, kwargs)
-        other = out_of_place(self.function, args, kwargs)
-        if other is None:
-            return self.slowly(args, kwargs)
-        function, its_args, its_kwargs = other
-        version = x._version + 1
-        z, a = x.data, function(*its_args, **its_kwargs)
-        if not write_apart(x, a):
-            return self.slowly(args, kwargs)
-        note((self.site, x, version, z, 0, False))
+        x = args[0]
+        note((self.site, x, x._version, z, z._version, False))
         drop(None)
         return x
 

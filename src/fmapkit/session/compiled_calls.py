@@ -78,7 +78,7 @@ class CompiledCalls:
     def skip(self, root: nn.Module) -> None:
         """The call is captured by nobody."""
         if plain(root) is self.model:
-            self._live.idle = False
+            self._passes.idle_no_more()
 
     def unread(self, root: nn.Module, why: str) -> None:
         """The call runs as the user compiled it, and nobody can look into it."""

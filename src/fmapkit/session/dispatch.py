@@ -52,6 +52,7 @@ class AnswerOutside(_OfParts):
         if module is self._parts.asked.model:
             if not live.leave_model():
                 live.idle, live.frame = False, None
+                self._parts.installer.listen()
         return None
 
 

@@ -8,13 +8,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any, Protocol
 
 from torch import nn
 
 from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.model import doors
+from fmapkit.paths import tells_of_calls, when_unrecorded
 from fmapkit.replay import (
     CurrentRun,
     PlainSite,
@@ -68,6 +71,7 @@ class HookInstaller:
         # There are hooks on all scopes, as of a version of the regions; None if there are none.
         self._scopes: int | None = None
         self._beyond = False  # there are some that neither scopes nor plans ask for
+        self._all_doors = False  # there are taps at doors, whether or not methods tell of calls
 
     def on_model(self) -> None:
         """Those that every pass goes through."""
@@ -151,11 +155,50 @@ class HookInstaller:
                 replaced |= hooks.after(tapped, tap_of(how, *to, self._gradients))
         if replaced:  # other plans, of this region or one that shares a module, set theirs again
             self.tapped.clear()
-        for door in doors(region, hooks.modules()):
-            hooks.after(door, tap_of("y", *to))  # in no plan: it tells of calls outside of a pass
+        self._doors(region)
         self.tapped[region] = plan
         self.sites[region] = {}
         if not (self._stops or self._shown or self._gradients):
             for site, how in plan.plain_sites.items():
                 (name,) = plan.sites[site]
                 self.sites[region][site] = PlainSite(site, name, how, self.line)
+
+    # -- calls outside of a pass --------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Methods that record tell of calls outside of a pass, but not of those in another's."""
+        if self._all_doors or self._unrecorded in when_unrecorded:
+            return
+        when_unrecorded.append(self._unrecorded)
+        if len(when_unrecorded) > 1:
+            for tell in tuple(when_unrecorded):
+                tell(None)
+
+    def listen_no_more(self) -> None:
+        """The block has ended, or a pass begins that is not captured."""
+        if self._unrecorded in when_unrecorded:
+            when_unrecorded.remove(self._unrecorded)
+
+    def _unrecorded(self, frame: FrameType | None) -> None:
+        """A method, of a frame, begins where nothing is recorded; None: others record, too."""
+        live = self._live
+        if self._all_doors or threading.get_ident() != live.thread:
+            return
+        if frame is not None:
+            if live.current is not None or not frame.f_code.co_argcount:
+                return
+            owner = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if not isinstance(owner, nn.Module) or owner not in live.asked.names.by_module:
+                return
+        self._all_doors = True
+        self.listen_no_more()
+        for region in self.tapped:
+            self._doors(region)
+
+    def _doors(self, region: nn.Module) -> None:
+        """Taps that are in no plan: they tell of calls outside of a pass."""
+        calls = self._callbacks()
+        telling = tells_of_calls if not self._all_doors else lambda method: False
+        to = self.line, calls.tap, calls.fault, self._hooks.owner
+        for door in doors(region, self._hooks.modules(), telling):
+            self._hooks.after(door, tap_of("y", *to))

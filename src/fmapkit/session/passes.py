@@ -74,6 +74,7 @@ class Passes:
             # torch.export sees to it that the model has the same attributes before and after.
             if not torch.compiler.is_compiling():
                 parts.installer.only_on_model()
+            parts.installer.listen_no_more()
             if self.asked.methods:  # which may call the model, as a part of this pass
                 live.frame = call_frame()
             return False
@@ -272,7 +273,12 @@ class Passes:
         if current is not None:
             self._close(current, failed=True)
         parts.fused.end()
-        live.idle = False
+        self.idle_no_more()
+
+    def idle_no_more(self) -> None:
+        """A pass that is not captured has ended, if there was one."""
+        self._live.idle = False
+        self._parts.installer.listen()
 
     # -- broken off ---------------------------------------------------------------------------
 
@@ -305,7 +311,7 @@ class Passes:
             self.cut()
         elif live.current is not None:
             self.abandon()
-        live.idle = False
+        self.idle_no_more()
         return False
 
     def cut(self) -> None:

@@ -89,6 +89,7 @@ class Session:
         quiet = watch.settled()
         tell(self.calls.scripted)
         self.parts.installer.on_model()
+        self.parts.installer.listen()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open(CompiledCalls(self.parts, self.passes))
@@ -104,6 +105,7 @@ class Session:
         self._methods.leave()
         tell_no_more(self.calls.scripted)
         self.passes.abandon()
+        self.parts.installer.listen_no_more()
         self.compiled.close()
         if not self.steps:
             self.parts.unseen.no_pass()
@@ -148,6 +150,7 @@ class Session:
         """Between two blocks, or calls of a capture that goes on, nothing is set until `wake`."""
         self.passes.abandon()  # of a pass that ended as usual, nothing is left
         left(self.passes)
+        self.parts.installer.listen_no_more()
         tell_no_more(self.calls.scripted)
         show_to_scripting()
         self.compiled.rest()
@@ -169,6 +172,7 @@ class Session:
         quiet = rest.settled is not None and watch.counted() == rest.settled
         for off in rest.off:
             off.put_back()
+        self.parts.installer.listen()
         self.parts.paths.twins.wake(rest.functions)
         hide_from_scripting()
         tell(self.calls.scripted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from sys import getrefcount
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as _tangents
@@ -20,6 +20,9 @@ _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count",
 _strided = torch.strided
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
+# Exchanges what torch has behind two tensors.
+_swap: Callable[[Tensor, Tensor], None] = torch._C._swap_tensor_impl
+_FEW = 16  # writes to a tensor before its σ, of which each is counted again
 _count: Callable[[Any], None] = torch._C._increment_version
 try:
     _count((torch.empty(0),))
@@ -67,17 +70,53 @@ def someone_sees() -> bool:
     return bool(mode_count() or dispatch_mode_count() or _tangents._current_level >= 0)
 
 
-def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
-    """The same as `is_alone` of a tensor that was so in an earlier pass, whose path this one takes.
+def sigma_apart(x: Any, sigma: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor | None:
+    """Have x hold a = σ(x) in fresh memory; a tensor that has the old memory, and so is z.
 
-    Whose memory it has may depend on the inputs; and code that has just left the path may be in a
-    mode of its own, or in a transform, and may have other tensors.
+    None if that cannot be; nothing has changed then. Of a tensor that was alone in an earlier pass,
+    whose path this one takes, no more is asked than can be another: whose memory it has may depend
+    on the inputs; and code that has just left the path may be in a mode of its own, or in a
+    transform, and may have other tensors.
+
+    Args:
+        x: what an in-place σ is about to overwrite.
+        sigma: the same σ out of place, called with `args` and `kwargs`.
     """
-    if type(z) is not Tensor or z.requires_grad or z.is_inference():
-        return False
+    # All in one function: it runs at each site of each pass, where a call more is a cost.
+    if type(x) is not Tensor or x.requires_grad or x.is_inference():
+        return None
     if mode_count() or dispatch_mode_count() or _tangents._current_level >= 0:
-        return False  # asked at each site: a call of a function more would cost as much again
-    return _has_own_memory(z, 0)
+        return None
+    try:
+        storage = x.untyped_storage()
+    except RuntimeError:  # sparse, or what stands for another tensor in a transform: it has none
+        return None
+    writes = x._version + 1
+    if (
+        _users_of is None
+        or _users_of(storage._cdata) != 2
+        or not storage.resizable()
+        or x._use_count() != 1  # type: ignore[attr-defined]
+        or getrefcount(storage) != _OURS_ALONE
+        or (storage.is_shared() and not x.is_cuda)
+        or writes > _FEW
+        or x._grad is not None  # type: ignore[attr-defined]
+    ):
+        return None
+    a = sigma(*args, **kwargs)
+    if a.stride() != x.stride() or a.dtype is not x.dtype:
+        return None
+    try:
+        _swap(x, a)
+    except RuntimeError:  # somebody has a weak reference to what torch has behind x
+        return None
+    # Its version counter is that of a: what was noted of x before is to look written to.
+    if _of_many:
+        _count((x,) * writes)
+    else:
+        for _ in range(writes):
+            _count(x)
+    return a
 
 
 def _has_own_memory(z: Tensor, ours: int) -> bool:
