@@ -29,8 +29,9 @@ class DecisionSink:
 _appends: dict[int, Callable[[Any], None]] = {}
 append_of: Any = _appends.get
 sinks: dict[int, DecisionSink] = {}
-# Called with its frame when a function that records begins, or goes on, where nothing is recorded.
-when_unrecorded: list[Callable[[FrameType], None]] = []
+# Called with its frame when a function that records begins, or goes on, where nothing is recorded;
+# with None when another capture comes.
+when_unrecorded: list[Callable[[FrameType | None], None]] = []
 
 
 def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:

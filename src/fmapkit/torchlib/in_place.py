@@ -100,7 +100,7 @@ def sigma_apart(x: Any, sigma: Callable[..., Tensor], args: Any, kwargs: Any) ->
         or getrefcount(storage) != _OURS_ALONE
         or (storage.is_shared() and not x.is_cuda)
         or writes > _FEW
-        or x._grad is not None  # type: ignore[attr-defined]
+        or x._grad is not None
     ):
         return None
     a = sigma(*args, **kwargs)
