@@ -7,7 +7,7 @@ rules that two calls tell (docs/how-it-works.md, "Inputs of other sizes").
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -79,9 +79,18 @@ class _Path(Generic[_Plan]):
     """One path: its items for some sizes, and the rules that its numbers follow."""
 
     def __init__(
-        self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
+        self,
+        items: list[Any],
+        sizes: Sizes,
+        plan: _Plan,
+        moments: list[tuple[int, Any]],
+        held_by: Sequence[int] | None,
     ) -> None:
         self.plan = plan  # that holds on it
+        # Of the sizes by which filters were kept, or mixed: whether each is one, which is what
+        # counts, and the rules that it has kept to. None where it holds for no other sizes at all.
+        self._alone = held_by is None
+        self._mixed = [(n == 1, {("same", n), *rules_of(n, sizes)}) for n in held_by or ()]
         self._moments = moments  # after how many items which module began; None: some ended
         self.seen = False  # a call that was not traced took it
         self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
@@ -98,6 +107,8 @@ class _Path(Generic[_Plan]):
         if not self.general or not all(are_clear(rules, sizes) for rules in self._rounded):
             return False
         if any(sort_of(by_rule(rule, sizes)) != sort for rule, sort in self._sorts):
+            return False
+        if any((by_rule(r, sizes) == 1) != one for one, rules in self._mixed for r in rules):
             return False
         if all(sizes[axis] == size for axis, size in self.constant.items()):
             return True
@@ -135,9 +146,16 @@ class _Path(Generic[_Plan]):
                 return None
         return still
 
-    def takes(self, items: list[Any], sizes: Sizes, alike: bool) -> bool:
-        """A call on other sizes was traced: whether it took this path, and its plan is `alike`."""
-        if not alike:
+    def takes(self, items: list[Any], sizes: Sizes, held_by: Sequence[int] | None) -> bool:
+        """A call on other sizes was traced: whether it took this path, and its plan is alike.
+
+        That plan is `held_by` these numbers.
+        """
+        if self._alone or held_by is None or len(held_by) != len(self._mixed):
+            return False
+        pairs = zip(held_by, self._mixed, strict=True)
+        mixed = [(one, kept(rules, n, sizes)) for n, (one, rules) in pairs if (n == 1) == one]
+        if len(mixed) != len(held_by) or not all(rules for _, rules in mixed):
             return False
         before, known = next((s, i) for s, i in self.by_sizes.items())
         found = differences(known, items)
@@ -161,6 +179,7 @@ class _Path(Generic[_Plan]):
             rules[place] = kept(rules[place], value, sizes)
         if not all(rules.values()):
             return False
+        self._mixed = mixed
         self._hold_to(rules)
         self.constant = {a: size for a, size in self.constant.items() if sizes[a] == size}
         self.general = True
@@ -209,8 +228,14 @@ class KnownPaths(Generic[_Plan]):
     each, can be read by their plans.
     """
 
-    def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
+    def __init__(
+        self,
+        alike: Callable[[_Plan, _Plan], bool],
+        held_by: Callable[[_Plan], Sequence[int] | None] = lambda plan: (),
+    ) -> None:
         self._alike = alike  # do two plans say the same?
+        # The numbers by which one holds, beside those of its path; None: for no other sizes.
+        self._held_by = held_by
         self.paths: list[_Path[_Plan]] = []  # those that are known
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
@@ -330,11 +355,12 @@ class KnownPaths(Generic[_Plan]):
                 del path.by_sizes[sizes]
                 if not path.by_sizes:
                     self.paths.remove(path)
+        held_by = self._held_by(plan)
         for path in self.paths:
-            if path.takes(items, sizes, self._alike(path.plan, plan)):
+            if self._alike(path.plan, plan) and path.takes(items, sizes, held_by):
                 return path.plan
         self._new = self._new + 1 if new else 0
         if len(self.paths) >= _MOST_PATHS:
             self.paths.pop(0)
-        self.paths.append(_Path(items, sizes, plan, moments))
+        self.paths.append(_Path(items, sizes, plan, moments, held_by))
         return plan

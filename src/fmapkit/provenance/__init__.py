@@ -53,8 +53,10 @@ from fmapkit.provenance.rule_basics import FunctionCall as FunctionCall
 from fmapkit.provenance.rule_basics import argument as argument
 from fmapkit.provenance.rules import einsum_terms as einsum_terms
 from fmapkit.provenance.vocabulary import MATMULS as MATMULS
+from fmapkit.provenance.vocabulary import MAY_COPY as MAY_COPY
 from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
 from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE
+from fmapkit.provenance.vocabulary import RESHAPES as RESHAPES
 from fmapkit.provenance.vocabulary import words as words
 from fmapkit.provenance.weights import PACKED as PACKED
 from fmapkit.provenance.weights import REGISTERED as REGISTERED

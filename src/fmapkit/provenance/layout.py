@@ -161,6 +161,21 @@ class ChannelLayout:
             return _reshaped(self, before, after)
         return self._reshape(before, after)  # sizes that are symbols, which have no hash
 
+    def at_stake(self, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of axes by which a reshape keeps filters, or mixes them; empty if none are.
+
+        A convolution's map that is flattened keeps its filters where it has one pixel.
+        """
+        if math.prod(before) == 0:
+            return ()
+        found: list[int] = []
+        mine = {part.dim for part in self.parts}
+        for old, new in _groups(before, after):
+            others = [before[d] for d in old if d not in mine]
+            if not new or len(others) < len(old):
+                found += others
+        return tuple(found)
+
     def _reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> ChannelLayout | None:
         if math.prod(before) == 0:
             return self if before == after else None

@@ -86,6 +86,11 @@ SPATIAL = re.compile(
 RESHAPES = words(
     "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel"
 )
+# They copy what they are given only if they must, which may be a matter of its shape.
+MAY_COPY = words(
+    """contiguous reshape reshape_as flatten ravel to type type_as float half bfloat16 double cpu
+    cuda sum_to_size"""
+)
 REDUCTIONS = words(
     "mean sum amax amin max min std var logsumexp norm prod any all nanmean nansum median mode"
 )

@@ -88,9 +88,18 @@ class Plan:
     graph: bool  # some map was part of a graph, even if gradients are off around the module
     buffers: tuple[BufferPlace, ...] = field(compare=False)  # that are weights of layers
     joins: bool  # or may become part of one: it is made in an `autograd.Function`'s forward
+    # The sizes by which reshapes have kept filters, or not (see `ChannelLayout.at_stake`).
+    mixed: tuple[int, ...] = field(compare=False)
+    # It wrote to a copy, where inputs of other sizes may need none: then it writes to the original.
+    copies_written: bool
 
 
 _COMPARED = [f.name for f in fields(Plan) if f.compare]
+
+
+def held_by(plan: Plan) -> tuple[int, ...] | None:
+    """The numbers by which a plan holds, beside those of its path; None: for no other sizes."""
+    return None if plan.copies_written else plan.mixed
 
 
 def alike(a: Plan, b: Plan) -> bool:

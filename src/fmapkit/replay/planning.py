@@ -73,6 +73,8 @@ def make_plan(
         graph=any(e.graph for e in events),
         buffers=buffers_of(relations.made()),
         joins=any(e.joins for e in events),
+        mixed=tuple(trace.mixed),
+        copies_written=record.aliases.copies_written,
     )
 
 

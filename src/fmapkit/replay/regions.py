@@ -20,7 +20,7 @@ from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.replay.attribute_guard import AttributeGuard, calls_torchs, hides_attributes
 from fmapkit.replay.input_truths import InputTruths, OwnTensors, Truths
 from fmapkit.replay.kept_state import KeptState
-from fmapkit.replay.plan import Plan, alike
+from fmapkit.replay.plan import Plan, alike, held_by
 from fmapkit.replay.probation import Probation
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.fused.paths import fusing_of
@@ -114,7 +114,7 @@ class ReplayRegion:
         if found is None:
             if len(self.by_kind) >= _MOST_KINDS:
                 self._forget()
-            found = self.by_kind[kind, state] = KnownPaths(alike)
+            found = self.by_kind[kind, state] = KnownPaths(alike, held_by)
         return found
 
     def state_of(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> int | None:

@@ -204,6 +204,14 @@ class RunLog(PassPiece):
         joins = tensor.requires_grad or self.how > 2
         return tensor.detach() if self.wants.detach and joins else tensor
 
+    def fits(self) -> bool:
+        """Whether each map has its filters where the plan says: no more, no fewer."""
+        return all(
+            spec.axes is None or item is None or spec.axes.fit(item[0].shape)
+            for step in self.plan.steps
+            for item, spec in zip(self._items(step), step.map_specs, strict=True)
+        )
+
     # -- when it is read ----------------------------------------------------------------------
 
     def label_outputs(

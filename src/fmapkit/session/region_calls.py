@@ -322,7 +322,11 @@ class RegionCalls:
         cut = self._stop is not None and self._stop.ended
         if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
             return  # as far as it went
+        new = known.items(sizes) is None
         taken = known.taken(items, sizes)
+        if new and taken and not run.lost and not run.fits():
+            run.lost = "a map has other filters than on inputs of other sizes"
+            known.doubt(of_others=False)
         if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
                 self._region.took(self._taking)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fmapkit.provenance import MAY_COPY
 from fmapkit.storage.gradients import watch
 from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
@@ -26,6 +27,9 @@ class Aliases:
         self._lent = lent  # whether a tensor's memory will be gone when its module has run
         self.written: dict[int, int] = {}  # storages, each with how many writes were before it
         self.writes = 0
+        # Storages that were made by what copies only if it must; whether some were written to.
+        self.copies: set[int] = set()
+        self.copies_written = False
         self._new: list[StoredTensor] = []
         self._by_storage: dict[int, list[StoredTensor]] = {}
         self._by_id: dict[int, tuple[weakref.ref[Tensor], StoredTensor]] = {}
@@ -33,6 +37,7 @@ class Aliases:
     def end(self) -> None:
         """Let go of all that is held."""
         self.written.clear()
+        self.copies.clear()
         self._new.clear()
         self._by_storage.clear()
         self._by_id.clear()
@@ -86,8 +91,29 @@ class Aliases:
 
     def wrote(self, tensor: Tensor) -> None:
         """A tensor is written to."""
-        self.written[storage_of(tensor)] = self.writes
+        memory = storage_of(tensor)
+        self.written[memory] = self.writes
         self.writes += 1
+        self.may_write(memory)
+
+    def begin_region(self) -> None:
+        """What is written from here on is what a region writes."""
+        self.copies_written = False
+
+    def may_write(self, storage: int) -> None:
+        """Memory is written to, or handed out to what may do so unseen."""
+        self.copies_written = self.copies_written or storage in self.copies
+
+    def note_copy(self, name: str, out: Tensor, operands: Sequence[Tensor]) -> None:
+        """A function, of a name, has returned a tensor: note where its memory is a copy."""
+        copies = name in MAY_COPY
+        if copies or self.copies:
+            memory = storage_of(out)
+            if all(storage_of(one) != memory for one in operands):
+                if copies:
+                    self.copies.add(memory)
+                else:
+                    self.copies.discard(memory)
 
     def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
         """Copy what a write to a tensor would lose.

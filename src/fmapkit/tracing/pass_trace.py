@@ -58,6 +58,8 @@ class PassTrace:
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         # After how many decisions modules began; None where one ended.
         self.moments: list[tuple[int, nn.Module | None]] = []
+        # The sizes by which reshapes have kept filters, or not (see `ChannelLayout.at_stake`).
+        self.mixed: list[int] = []
         self.sources: list[Source] = []  # where layers have got their weights
         self.fused: list[FusedCall] = []  # calls whose maps are their fused kernels'
 
@@ -77,6 +79,8 @@ class PassTrace:
         self.placed.clear()
         self.moments.clear()
         self.asked.clear()
+        self.mixed.clear()
+        self.record.aliases.begin_region()
 
     def end_region(self) -> None:
         """It has ended."""

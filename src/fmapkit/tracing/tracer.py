@@ -36,6 +36,7 @@ from fmapkit.provenance import (
     NORM_AXIS,
     OPAQUE,
     RESHAPED_IN_PLACE,
+    RESHAPES,
     STOP,
     ChannelLabel,
     Function,
@@ -75,6 +76,8 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 
 # Classes of tensors that have no `__torch_function__` of their own.
 _TORCHS = frozenset({Tensor, nn.Parameter})
+# Whoever has what these return may write to the tensor's memory.
+_HANDS_OUT = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"})
 # Have no shape yet: a lazy module is just making its weights.
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 
@@ -210,6 +213,8 @@ class Tracer(ObserverMode):
         if known.indexed and not types and beside_numbers(args, kwargs):
             return None
         with self._looking():
+            if known.name in _HANDS_OUT and args and isinstance(args[0], Tensor):
+                self.trace.record.aliases.may_write(storage_of(args[0]))
             return self.reads.before(known, func, types, args, kwargs, sys._getframe(2))
 
     def _before(
@@ -237,6 +242,8 @@ class Tracer(ObserverMode):
         if known.fresh and one:
             self.layers.made.add(storage_of(out))
         self.reads.after(known, call)
+        if trace.learning and one:
+            trace.record.aliases.note_copy(name, out, operands)
         if not operands:
             if known.followed or trace.frames[-1].watched:
                 trace.follow(call)
@@ -284,6 +291,8 @@ class Tracer(ObserverMode):
             label = STOP if any(look_up(x) is not None for x in call.operands) else None
         else:
             label = propagate(call, look_up)
+            if name in RESHAPES and trace.learning:
+                self._at_stake(call, look_up)
         if (
             name in NORM_AXIS
             and isinstance(label, ChannelLabel)
@@ -301,6 +310,13 @@ class Tracer(ObserverMode):
             trace.labels.put(out, label)
             if target is not None:
                 trace.labels.written(target, before)
+
+    def _at_stake(self, call: FunctionCall, look_up: Lookup) -> None:
+        """Note by which sizes a reshape has kept the filters, or not."""
+        x, out = call.operands[0], call.out
+        label = look_up(x)
+        if isinstance(label, ChannelLabel) and label.axes is not None and isinstance(out, Tensor):
+            self.trace.mixed.extend(label.axes.at_stake(tuple(x.shape), tuple(out.shape)))
 
     # -- modules ------------------------------------------------------------------------------
 
