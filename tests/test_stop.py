@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import ArgumentError, CaptureWarning, capture
+from fmapkit import ArgumentError, CaptureWarning, FeatureMap, capture
 from tests import truth
 
 
@@ -411,3 +411,40 @@ def test_what_another_capture_does_for_itself_ends_no_pass(
 def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="say layers="):
         capture(nn.ReLU(), stop=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds"),
+    [("", "output"), (["0", ""], ("activation",)), ("*", "output"), ("3", "preactivation")],
+)
+def test_the_last_wanted_map_is_what_the_model_returns(layers: Any, kinds: Any) -> None:
+    """There is nothing left to stop: the call returns as any other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    with torch.no_grad(), capture(model, layers, kinds=kinds, stop=True) as maps:
+        for _ in range(6):
+            x = torch.randn(2, 3, 8, 8)
+            model(x)
+            last = list(maps)[-1].tensor
+            h = F.relu(F.conv2d(x, model[0].weight, model[0].bias)).flatten(1)
+            assert torch.equal(last, F.linear(h, model[3].weight, model[3].bias))
+    assert not maps.missed
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pass_that_another_capture_ends_is_shown_to_analyses(both: bool, first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU()).eval()
+    seen: list[tuple[str, int]] = []
+
+    class Notes:
+        def update(self, fm: FeatureMap) -> None:
+            seen.append((fm.layer, fm.step))
+
+    low = capture(model, "0", kinds="activation", analyses=Notes(), stop=both)
+    high = capture(model, "2", kinds="activation", analyses=Notes(), stop=True)
+    with torch.no_grad(), low if first else high, high if first else low:
+        for _ in range(5):
+            model(torch.randn(2, 4))
+    assert sorted(seen) == [(layer, step) for layer in ("0", "2") for step in range(5)]

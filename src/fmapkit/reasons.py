@@ -191,6 +191,10 @@ class Reason(Enum):
         "it is compiled by torch.compile in a way that fmapkit cannot look into ({why}): hooks "
         "never run in code that is compiled already"
     )
+    COMPILED_FUNCTION = (
+        "it calls {function}, which torch.compile has compiled: what runs in there is not seen; "
+        "compile the captured model as a whole, or leave that function eager while it is captured"
+    )
     COMPILED_IN_THE_BLOCK = (
         "it was compiled inside the block: its first call, which compiles it, is not captured, and "
         "the later ones are"

@@ -17,6 +17,7 @@ from fmapkit.paths.rewriting import qualified_name
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Fixed, Twins, call_site
 from fmapkit.torchlib.caching import remembered
+from fmapkit.torchlib.compiled_modules import is_compiled_function
 from fmapkit.torchlib.fused.paths import functions_inside
 from fmapkit.torchlib.nested import modules_in
 
@@ -60,6 +61,7 @@ class ControlPaths:
         self.twins.clear()
         self.twins = Twins(fixed_attributes(self._modules))
         self._doubted.clear()
+        self._kinds_met: set[type] = set()
         self._ready = False
 
     # -- a pass -------------------------------------------------------------------------------
@@ -73,7 +75,14 @@ class ControlPaths:
                 for function in tuple(_helpers.get(kind, ())):
                     self.twins.exchange(function)
         self.twins.set_again()
-        self._items, self._records = sinks.start(self._place_of, self._modules).items, True
+        sink = sinks.start(self._place_of, self._modules, self._met)
+        self._items, self._records = sink.items, True
+
+    def _met(self, module: nn.Module) -> None:
+        """A module that is not registered is about to run: its code is to record, too."""
+        for kind in {type(m) for m in modules_in(module)} - self._kinds_met:
+            self._kinds_met.add(kind)
+            self._set_class(kind)
 
     def _set_class(self, kind: type) -> None:
         """Have the forward of a class record, and what it is likely to call.
@@ -250,6 +259,10 @@ def _of_own_code(kind: type) -> tuple[tuple[str, ...], frozenset[str]]:
     found: dict[str, object] = {}
     for base in reversed(kind.__mro__):
         found.update(vars(base))
-    functions = frozenset(n for n, v in found.items() if type(v) is types.FunctionType)
+    functions = frozenset(
+        name
+        for name, value in found.items()
+        if type(value) is types.FunctionType and not is_compiled_function(value)
+    )
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
     return tuple(b.__qualname__ for b in bases if not b.__module__.startswith("torch.")), functions

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fmapkit.paths.rewriting import MARK
-from fmapkit.paths.sinks import ident, sinks
+from fmapkit.paths.sinks import ident, is_registered, sinks
 from fmapkit.torchlib.caching import remembered
+from fmapkit.torchlib.nested import modules_in
 
 PLAIN: frozenset[type] = frozenset(
     {
@@ -50,6 +51,8 @@ _NO_KEYS = (dict,)
 _SETTINGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
 _YES, _NO = (bool, True), (bool, False)
 
+# What of the attributes of a module that no guard looks at is compared.
+_TOLD = frozenset({bool, int, float, str, type(None)})
 _WRAPPED = (staticmethod, classmethod)
 
 # Past what a metaclass may say.
@@ -275,11 +278,27 @@ def _partial(function: Any) -> Any:
 def other_callable(function: Any) -> Any:
     """Modules and other objects; one that was made in the pass goes by its class."""
     kind = type(function)
-    if issubclass(kind, nn.Module):
-        # Those of the model, and others that are kept, are compared by identity.
-        sink = sinks.get(ident())
-        return function if sink is not None and function in sink.modules else class_of(kind)
-    return class_of(function if issubclass(kind, type) else kind)
+    if not issubclass(kind, nn.Module):
+        return class_of(function if issubclass(kind, type) else kind)
+    if is_registered(function):
+        return function  # the guards of the model look at what is in it
+    sink = sinks.get(ident())
+    if sink is not None:
+        sink.met(function)
+    return _condition(function)
+
+
+def _condition(module: nn.Module) -> Any:
+    """What tells how a module will run that is not the model's: no guard looks at it.
+
+    It may be made anew in each pass.
+    """
+    found: list[Any] = []
+    for part in modules_in(module):
+        own = [(n, flat(v)) for n, v in part.__dict__.items() if type(v) in _TOLD]
+        hooks = (*part._forward_pre_hooks, *part._forward_hooks)
+        found.append((class_of(type(part)), *own, hooks))
+    return Fixed(tuple(found))
 
 
 def item_of_manager(given: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from fmapkit.paths.compiled_calls import unseen
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
     CALLABLES,
@@ -317,16 +318,17 @@ def ranking(append: Callable[[Any], None], function: Any) -> Any:
     return lambda given: ranked(append, given, function(given))
 
 
-def called(append: Callable[[Any], None], function: _T) -> _T:
-    """A callable is about to be called."""
+def called(append: Callable[[Any], None], function: Any) -> Any:
+    """A callable is about to be called; what is to be called in its place."""
     if append is not _NOTHING:
         kind = type(function)
         if kind is _FUNCTION:  # as `items._function`, in this very call: most are that
             home = function.__module__
             torchs = type(home) is str and IN_TORCH[home]
-            append(function if torchs else function.__qualname__)  # type: ignore[attr-defined]
+            append(function if torchs else function.__qualname__)
         else:
             append((CALLABLES.get(kind) or other_callable)(function))
+        return unseen(function, kind)
     return function
 
 

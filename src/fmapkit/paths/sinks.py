@@ -21,6 +21,7 @@ class DecisionSink:
     # Names the place of a parameter in the model; None for any other tensor.
     place_of: Callable[[Tensor], str | None]
     modules: Container[nn.Module]
+    met: Callable[[nn.Module], object]  # called with others that are about to run
     items: list[Any]  # the decisions taken so far
     users: int = 0  # how many captures record
 
@@ -34,12 +35,22 @@ sinks: dict[int, DecisionSink] = {}
 when_unrecorded: list[Callable[[FrameType | None], None]] = []
 
 
-def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:
+def is_registered(module: nn.Module) -> bool:
+    """Whether a module is one of the model's whose pass is recorded in this thread."""
+    sink = sinks.get(ident())
+    return sink is not None and module in sink.modules
+
+
+def start(
+    place_of: Callable[[Tensor], str | None],
+    modules: Container[nn.Module],
+    met: Callable[[nn.Module], None],
+) -> DecisionSink:
     """Record in this thread; where that is done already, go on with it."""
     thread = ident()
     sink = sinks.get(thread)
     if sink is None:
-        sink = sinks[thread] = DecisionSink(place_of, modules, [])
+        sink = sinks[thread] = DecisionSink(place_of, modules, met, [])
         _appends[thread] = sink.items.append
     sink.users += 1
     return sink

@@ -21,6 +21,7 @@ import torch
 from fmapkit.paths.rewriting import known_as, qualified_name
 from fmapkit.paths.twins import is_twin
 from fmapkit.torchlib.caching import remembered
+from fmapkit.torchlib.call_override import not_compiled
 
 _SEPARATOR = os.sep
 _STDLIB = tuple(sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib"))
@@ -133,6 +134,7 @@ class Survey:
             else:
                 self.complete = False
 
+    @not_compiled
     def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event != "call":
             return

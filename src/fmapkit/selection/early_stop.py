@@ -33,10 +33,15 @@ class EarlyStop:
         self._wanted: frozenset[Any] | None = None  # by the first complete pass
         self._missing: set[Any] = set()
         self.ended = False
+        self._over = False  # the model has run to its end
 
     def begin(self) -> None:
         self._missing = set(self._wanted or ())
-        self.ended = False
+        self.ended = self._over = False
+
+    def run_out(self) -> None:
+        """The model has run to its end: there is nothing to stop."""
+        self._over = True
 
     def saw(self, entry: MapRecord) -> None:
         """A map is there."""
@@ -73,7 +78,7 @@ class EarlyStop:
             StoppedError: no other capture that ends passes waits for more; if one does, it will end
                 this one.
         """
-        if self.awaited():
+        if self._over or self.awaited():
             return
         self.ended = True
         raise StoppedError(self)

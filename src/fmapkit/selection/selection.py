@@ -355,5 +355,7 @@ def only_a_pass_can_tell(names: Names, label: str) -> bool:
     if colon:
         return module in names.by_name or "*" in module
     owner, _, part = label.partition("[")[0].rpartition(".")
-    keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
+    if owner not in names.by_name or part == "weight":  # its maps go by the module's own name
+        return False
+    keys = names.parameters_of(names.by_name[owner])
     return any(k in (part, f"{part}_weight") for k in keys)

@@ -244,6 +244,8 @@ class HookDispatcher:
         # Most calls that end are those of regions that are replayed.
         answer = self._replaying if live.run is not None else self._answer()
         try:
+            if self._stop is not None and module is self._model and not live.depth:
+                self._stop.run_out()
             if module is self._fused.module:
                 outlived = failed and self._fused.outlives(sys.exc_info()[1])
                 failed = failed and not outlived

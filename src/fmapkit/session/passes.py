@@ -258,7 +258,7 @@ class Passes:
         for layer in absent(there | {entry.layer for entry in misses.entries}):
             misses.add(layer, reason.text())
 
-    def abandon(self) -> None:
+    def abandon(self, failed: bool = True) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
         live, parts = self._live, self._parts
         if live.run is not None:
@@ -271,7 +271,7 @@ class Passes:
         live.clear()
         parts.store.end()
         if current is not None:
-            self._close(current, failed=True)
+            self._close(current, failed)
         parts.fused.end()
         self.idle_no_more()
 
@@ -322,7 +322,7 @@ class Passes:
         if self._stop is None or self.waits:
             misses.add("", Reason.STOPPED_BY_OTHER_CAPTURE.text())
         around = on_stack(live.frame)  # our model goes on, or its post hook is to come
-        self.abandon()
+        self.abandon(failed=False)
         live.idle = around
         if not misses.warned:
             misses.warn_in_forward()

@@ -40,6 +40,12 @@ def is_compiled(module: nn.Module) -> bool:
     return compiled_call(module.__dict__) is not None
 
 
+def is_compiled_function(function: Any) -> bool:
+    """Whether it is what `torch.compile(function)` returns, or a method that is."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "_torchdynamo_orig_callable", None) is not None
+
+
 def compiled_call(attributes: dict[str, Any]) -> Any:
     """What `module.compile()` has put among a module's attributes; None if it did not."""
     call = attributes.get("_compiled_call_impl")

@@ -73,6 +73,28 @@ def without_modes() -> Iterator[None]:
 class ObserverMode(TorchFunctionMode):
     """One of ours: without capture, it would not be there."""
 
+    def steps_aside(self, function: Any, args: Any, kwargs: Any) -> None:
+        """A function is about to run without it: dynamo would compile our code into that."""
+
+
+def run_unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as if no mode of ours were on torch's stack; each is told."""
+    modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    ours = [mode for mode in modes if isinstance(mode, ObserverMode)]
+    if not ours:
+        return function(*args, **kwargs)
+    for mode in ours:
+        mode.steps_aside(function, args, kwargs)
+    with without_modes():
+        for mode in modes:
+            if mode not in ours:
+                push_mode(mode)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for _ in range(len(modes) - len(ours)):
+                pop_mode()
+
 
 def all_ours() -> bool:
     """Whether no function mode but ours is on torch's stack."""

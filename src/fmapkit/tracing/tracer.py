@@ -154,6 +154,18 @@ class Tracer(ObserverMode):
         self.lost = True
         self.broken = broken
 
+    def steps_aside(self, function: Any, args: Any, kwargs: Any) -> None:
+        """What runs in compiled code is not seen; what that may overwrite is copied."""
+        trace = self.trace
+        if trace.paused or self.failed or not trace.frames:
+            return
+        name = getattr(function, "__qualname__", type(function).__name__)
+        trace.miss_here(Reason.COMPILED_FUNCTION.text(function=name))
+        with self._looking():
+            for tensor in tensors_in(*args, kwargs):
+                if tensor.is_inference():  # whose writes nobody counts
+                    trace.record.aliases.before_write(tensor)
+
     # -- every torch function -----------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
