@@ -184,7 +184,7 @@ def _count_ways(maps: Any) -> list[str]:
         leave(*args)
         for step in steps:
             way = "light" if step.module is None else "hook"
-            read.extend(way for e in step.emissions if e.kind == "activation")
+            read.extend(way for e in step.map_specs if e.kind == "activation")
 
     calls.leave = counted
     return read

@@ -13,12 +13,13 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit import FeatureMaps, capture
 from tests.test_paths import Turn, hold, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
@@ -250,3 +251,58 @@ def test_numbers_with_which_functions_do_something_else(
 ) -> None:
     passes = [Turn((random(2, 3, 5, n=n), k)) for n, k in enumerate(numbers[:1] * 2 + numbers)]
     hold(Special(special()[name]), passes, most=1)
+
+
+class ByTensor(nn.Module):
+    """A number comes as a tensor with no axis, or as an array with none: torch reads it."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+        self.number: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.way(self.a(x), self.b(x), self.number))
+
+
+def _dropped(a: Tensor, b: Tensor, p: Any) -> Tensor:
+    y = F.dropout(a, p, True)  # a itself where p is 0
+    y += 1
+    return y
+
+
+BY_TENSOR: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], Any, Any]] = {
+    "dropout": (_dropped, torch.tensor(0.5), torch.tensor(0.0)),
+    "stack": (lambda a, b, n: torch.stack([a, b], n), torch.tensor(2), torch.tensor(3)),
+    "cat": (lambda a, b, n: torch.cat(tensors=[a, b], dim=n), torch.tensor(2), torch.tensor(1)),
+    "mean": (lambda a, b, n: a.mean(n, keepdim=True), torch.tensor(2), torch.tensor(1)),
+    "slice": (lambda a, b, n: a[..., n:], np.array(4), np.array(0)),
+}
+
+
+@pytest.mark.parametrize("name", BY_TENSOR)
+def test_a_number_that_comes_as_a_tensor(name: str) -> None:
+    way, usual, other = BY_TENSOR[name]
+    model = ByTensor(way)
+
+    def labels(maps: FeatureMaps) -> list[Any]:
+        return [(fm.layer, fm.kind, fm.filter_dim, fm.shape) for fm in maps]
+
+    kinds = "response", "activation"
+    with torch.inference_mode(), capture(model, kinds=kinds) as maps:
+        for n in range(8):
+            model.number = other if n in (4, 5) else usual
+            x = torch.randn(2, 3, 8)
+            out = model(x)
+            if not len(maps):  # lost, by name, in the pass that finds it
+                assert maps.missed
+                continue
+            a = F.linear(x, model.a.weight, model.a.bias)
+            assert torch.equal(maps["a", "response"].tensor, a)
+            assert torch.equal(maps.select(kind="activation")[-1].tensor, out)
+            copied = ByTensor(way)
+            copied.number = model.number
+            with capture(copied, kinds=kinds) as alone:
+                copied(x)
+            assert labels(maps) == labels(alone)
+    assert len(maps.missed) <= 1

@@ -335,6 +335,7 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     **CALLABLES,
     bool: lambda given: TRUE if given else FALSE,
     float: lambda given: (float, given),
+    np.ndarray: lambda given: (np.ndarray, None if given.ndim else given.item()),
     torch.Size: lambda given: (torch.Size, *given),
     tuple: row,
     list: row,

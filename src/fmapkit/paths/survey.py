@@ -45,7 +45,10 @@ _verdicts: dict[tuple[types.CodeType, str], bool] = {}
 
 def is_trusted(code: types.CodeType) -> bool:
     """Whether code need not record, by where it comes from."""
-    found = _verdicts.get(known_as(code))
+    try:
+        found = _verdicts.get(known_as(code))
+    except TypeError:  # dynamo has made it, of constants that have no hash
+        return True
     if found is None:
         found = _verdicts[known_as(code)] = _is_trusted(code)
     return found

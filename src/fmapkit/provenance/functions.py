@@ -214,7 +214,12 @@ def _parts(index: Any) -> tuple[Any, ...]:
 
 
 def _has_tensor(args: Any, kwargs: Any) -> bool:
-    return bool(tensors_in(*args[1:], kwargs))
+    """Whether there is a tensor beside what the function is of."""
+    named = {key: given for key, given in kwargs.items() if key not in _OPERANDS}
+    return bool(tensors_in(*args[1:], named))
+
+
+_OPERANDS = words("input self tensor tensors out")
 
 
 _NUMBERS = frozenset({int, bool, float, str, type(None), type(...), torch.Size, torch.dtype})
@@ -244,7 +249,9 @@ _NUMBERED = words(
     """narrow select split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split
     unsafe_chunk roll rot90 flip unbind view reshape expand unflatten flatten transpose swapaxes
     swapdims permute movedim moveaxis unsqueeze squeeze repeat tile diagonal unfold as_strided
-    pad"""
+    pad cat concat concatenate stack softmax log_softmax softmin glu cumsum cumprod argmax argmin
+    sort topk mean sum amax amin std var logsumexp norm prod any all nanmean nansum median mode
+    dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d"""
 )
 # A mask picks as many as it has of true; so does `where` of a condition alone.
 _SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {

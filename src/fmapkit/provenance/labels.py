@@ -53,6 +53,8 @@ class OfModule:
         return hash(self._which)
 
     def __del__(self, kept: Any = _kept) -> None:
+        if not hasattr(self, "_which"):  # an interrupt has come as it was made
+            return
         owner = self._owner()
         if owner is not None:
             kept[owner].pop(id(self), None)

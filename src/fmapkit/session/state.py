@@ -18,7 +18,14 @@ from fmapkit.provenance import Label
 from fmapkit.replay import Fill, ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.storage import Pass
-from fmapkit.torchlib.modes import leave_mode, mode_count, pop_mode, push_mode
+from fmapkit.torchlib.modes import (
+    function_state,
+    leave_mode,
+    mode_count,
+    pop_mode,
+    push_mode,
+    set_function_state,
+)
 from fmapkit.tracing import Frame, LabelTable, Tracer
 
 
@@ -59,6 +66,7 @@ class PassState:
         # What hooks of others were given that only move data, and is not come back yet.
         self.moving: list[tuple[nn.Module, Any]] = []
         self._stacked = False  # the tracer is on torch's stack of modes
+        self._functions: Any = None  # torch's state of functions before it was
 
     def clear(self) -> None:
         """Nothing is under way any more."""
@@ -117,6 +125,8 @@ class PassState:
             if not self._stacked:
                 push_mode(self.tracer)
                 self._stacked = True
+                if self._functions is None:
+                    self._functions = function_state()
 
     def trace_off(self) -> bool:
         """Pause the tracer, off the stack if no other mode lies on top of it; whether it was on."""
@@ -135,6 +145,10 @@ class PassState:
         if self._stacked and self.tracer is not None:
             leave_mode(self.tracer)
         self._stacked = False
+        # An interrupt may have come just where a look of ours ended, and was to put that back.
+        if self._functions is not None and function_state() != self._functions:
+            set_function_state(self._functions)
+        self._functions = None
 
     # -- hooks of others that only move data, as tensor parallel sets (see `torchlib/sharded.py`) --
 

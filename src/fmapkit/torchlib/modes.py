@@ -24,6 +24,14 @@ _proxies: Callable[[int], Any] = torch._ops.mode_stack_state_for_pre_dispatch().
 _with_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
 
 
+# Whether functions are handed to modes and to classes of tensors, in this thread. Older versions of
+# torch do not tell.
+function_state: Callable[[], Any] = getattr(torch._C, "_get_torch_function_state", lambda: None)
+set_function_state: Callable[[Any], None] = getattr(
+    torch._C, "_set_torch_function_state", lambda state: None
+)
+
+
 def recorded_by_cuda() -> bool:
     """Whether what runs is recorded into a CUDA graph."""
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -183,6 +183,8 @@ class MadeTensors:
             function, args, kwargs = counting
         elif known.name in _TRUTHS:
             whole = False
+        elif known.name not in _WHOLE and known.name not in _NUMBERS:
+            return None
         else:
             dtype = args[0].dtype
             whole = known.name in _WHOLE and dtype in _WHOLE_DTYPES
