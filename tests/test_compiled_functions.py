@@ -147,3 +147,27 @@ def test_gradients_go_through() -> None:
                     each(x).sum().backward()
                 pairs = zip(model.parameters(), bare.parameters(), strict=True)
                 assert all(torch.equal(p.grad, q.grad) for p, q in pairs)  # type: ignore[arg-type]
+
+
+def test_a_part_is_exported_in_the_forward() -> None:
+    """What stands for tensors meanwhile is no map."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            program = torch.export.export(nn.Sequential(self.b, nn.GELU()), (x,)).module()
+            y: Tensor = program(F.relu(self.a(x)))
+            return y
+
+    model, x = Net(), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with capture(model) as maps:
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
+                assert [fm.layer for fm in maps] == ["a", "a", "b", "b"]
+                assert all(type(fm.tensor) is Tensor for fm in maps)
+                assert torch.equal(maps["b"].tensor, expected)

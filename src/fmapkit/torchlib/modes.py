@@ -38,6 +38,11 @@ def recorded_by_cuda() -> bool:
     return started and torch.cuda.is_current_stream_capturing()
 
 
+def compiling() -> bool:
+    """Whether torch.export or torch.compile traces code now, with what stands for tensors."""
+    return bool(_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
+
+
 def nothing_between() -> bool:
     """Whether nothing of torch's stands between Python and its operators.
 
@@ -49,7 +54,7 @@ def nothing_between() -> bool:
         or dispatch_mode_count()
         or _transform() is not None
         or jit_trace() is not None
-        or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
+        or compiling()
         or _proxies(0) is not None  # make_fx before dispatch
         or (_with_cuda and recorded_by_cuda())
     )

@@ -55,7 +55,7 @@ from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.in_place import someone_sees
 from fmapkit.torchlib.memory import storage_of, version_of
-from fmapkit.torchlib.modes import ObserverMode
+from fmapkit.torchlib.modes import ObserverMode, compiling
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
@@ -170,6 +170,8 @@ class Tracer(ObserverMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
+        if compiling():  # within a pass: a part of the model is exported, say
+            return func(*args, **kwargs)
         known = self.described.get(func) or describe(func)
         others = types and not _TORCHS.issuperset(types)
         if (known.reads or others) and not trace.paused:
