@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from typing import Any
@@ -130,6 +131,27 @@ def test_two_models_that_see_the_same_batches(together: bool) -> None:
     expected = cka_by_definition([(features(a, x), features(b, x)[1:]) for x in batches])
     assert np.abs(found.cka.numpy() - expected).max() < 1e-12
     assert found["conv", "fc"] == found.cka[0, 0].item()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_small_pass_is_left_out_alone_where_each_has_a_block_of_its_own(by_hand: bool) -> None:
+    torch.manual_seed(0)
+    net, apart, together = Net(), Similarity(), Similarity()
+    batches = [torch.randn(n, 1, 8, 8) for n in (8, 3, 3, 7, 5)]
+    for x in batches:
+        given: Any = None if by_hand else apart
+        with capture(net, NAMES, kinds="activation", analyses=given or []) as maps:
+            net(x)
+        for fm in pickle.loads(pickle.dumps(list(maps))) if by_hand else ():
+            apart.update(fm)
+    with capture(net, NAMES, kinds="activation", analyses=together, keep=0):
+        for x in batches:
+            net(x)
+    assert torch.equal(apart.cka, together.cka)
+    parts = [features(net, x) for x in batches if len(x) > 3]
+    expected = cka_by_definition([(p, p) for p in parts])
+    assert np.abs(apart.cka.numpy() - expected).max() < 1e-12
+    assert set(apart.missed.values()) == {"a pass of 3 samples: the estimate takes 4 or more"}
 
 
 @settings(max_examples=25)

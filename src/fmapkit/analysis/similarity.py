@@ -84,6 +84,7 @@ class _Side:
         self._step: int | None = None
         self._count: int | None = None  # samples of the pass under way
         self._ids: Tensor | None = None
+        self._first: MapTag | None = None  # map of it, be it left out
         self._current: dict[MapTag, Gram] = {}
         self.passes: deque[_Batch] = deque()
 
@@ -97,8 +98,9 @@ class _Side:
         self._owner._used(self._name)
         tag = MapTag.of(fm)
         # A block for each pass begins at step 0 each time, and with the same map.
-        if fm.step != self._step or tag == next(iter(self._current), None):
+        if fm.step != self._step or tag == self._first:
             self.close()
+            self._first = tag
         if self._step is None:  # a pass has begun; steps in between were of others, not seen
             self._place += 1 if self._last is None else steps_since(self._last, fm.step)
             self._last = fm.step
@@ -135,6 +137,7 @@ class _Side:
         if self._current and self._count is not None:
             self.passes.append(_Batch(self._place, self._count, self._ids, self._current))
         self._step, self._current, self._count, self._ids = None, {}, None, None
+        self._first = None
         self._owner._take_in()
         if len(self.passes) > _AHEAD:
             raise ArgumentError(
