@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 import warnings
@@ -152,6 +153,31 @@ def test_a_small_pass_is_left_out_alone_where_each_has_a_block_of_its_own(by_han
     expected = cka_by_definition([(p, p) for p in parts])
     assert np.abs(apart.cka.numpy() - expected).max() < 1e-12
     assert set(apart.missed.values()) == {"a pass of 3 samples: the estimate takes 4 or more"}
+
+
+def test_layers_that_take_turns_have_no_pass_in_common_in_blocks_of_their_own_either() -> None:
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.even = nn.Linear(8, 6), nn.Linear(8, 6), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu((self.a if self.even else self.b)(x))
+
+    torch.manual_seed(0)
+    net, held, apart, copied = Turns(), [], Similarity(), Similarity()
+    for i, x in enumerate(torch.randn(4, 10, 8)):
+        net.even = i % 2 == 0
+        with capture(net, kinds="activation", analyses=apart, keep="all") as maps, torch.no_grad():
+            net(x)
+        held.append(maps)
+    for maps in (copy.copy(maps) for maps in held):
+        for fm in maps:
+            copied.update(fm)
+    for found in (apart, copied):
+        assert found.layers[0] == ["a", "b"]
+        assert np.isnan(found["a", "b"])
+        assert found["a", "a"] == found["b", "b"] == 1
 
 
 @settings(max_examples=25)

@@ -224,6 +224,70 @@ def test_inputs_that_nobody_counted_are_warned_of() -> None:
     ]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_inputs_are_counted_over_blocks_whichever_layers_ran(apart: bool) -> None:
+    """Each block of one pass; layers take turns, so that each block begins with another one."""
+    torch.manual_seed(0)
+    layers, x = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)]), torch.randn(12, 3)
+    top, chosen = TopInputs(k=1), 0
+
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.layers[chosen](x))
+
+    model = Turns()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n, batch in enumerate(x.split(2)):
+            chosen = n % 2
+            with capture(model, analyses=top, keep=0):
+                model(batch)
+            if apart and n == 2:  # gone on from, in another process perhaps
+                top = pickle.loads(pickle.dumps(top))
+    with torch.no_grad():
+        for n, layer in enumerate(layers):
+            its = torch.arange(12) // 2 % 2 == n
+            right = layer(x).relu().masked_fill(~its[:, None], -1).argmax(0)
+            assert top[f"layers.{n}"].inputs.flatten().tolist() == right.tolist()
+
+
+def test_a_block_whose_first_pass_had_no_such_map_is_warned_of() -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, seen: bool) -> Tensor:
+            return self.layer(x).relu() if seen else x
+
+    model, top, x = Some(), TopInputs(k=1), torch.randn(2, 3)
+    with capture(model, analyses=top, keep=0), torch.no_grad():
+        model(x, True)
+    with capture(model, analyses=top, keep=0), torch.no_grad():
+        model(x, False)
+        with pytest.warns(CaptureWarning, match="TopInputs has seen no map of step 0, so the"):
+            model(x, True)
+
+
+def test_blocks_that_are_open_at_once_have_the_same_inputs() -> None:
+    model, top = (
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU()),
+        TopInputs(k=1),
+    )
+    x = torch.randn(12, 3)
+    with capture(model, "0", analyses=top), capture(model, "2", analyses=top), torch.no_grad():
+        for batch in x.split(3):
+            model(batch)
+    with torch.no_grad():
+        right = model[:2](x), model(x)
+    for name, values in zip(("0", "2"), right, strict=True):
+        assert top[name].inputs.flatten().tolist() == values.argmax(0).tolist()
+
+
 def test_as_many_numbers_as_inputs() -> None:
     model = Net()
     with capture(model) as maps, torch.no_grad():

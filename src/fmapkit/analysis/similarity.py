@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fmapkit._warnings import warn
-from fmapkit.analysis._keys import steps_since
+from fmapkit.analysis._keys import PassTag
 from fmapkit.analysis._pairs import LEAST, Gram, MapTag, Pairs, labels
 from fmapkit.errors import (
     ArgumentError,
@@ -80,8 +80,7 @@ class _Side:
     def forget(self) -> None:
         """Begin anew."""
         self._place = -1  # of the pass under way, or the last one
-        self._last: int | None = None  # step of it; None before the first one, which may be any
-        self._step: int | None = None
+        self._last: PassTag | None = None  # of it; None before the first one, which may be any
         self._count: int | None = None  # samples of the pass under way
         self._ids: Tensor | None = None
         self._first: MapTag | None = None  # map of it, be it left out
@@ -97,14 +96,14 @@ class _Side:
         """
         self._owner._used(self._name)
         tag = MapTag.of(fm)
-        # A block for each pass begins at step 0 each time, and with the same map.
-        if fm.step != self._step or tag == self._first:
+        this = PassTag.of(fm)
+        since = 1 if self._last is None else this.since(self._last)
+        # A block for each pass begins at step 0; one that nobody knows, with the same map.
+        if since or tag == self._first:
             self.close()
-            self._first = tag
-        if self._step is None:  # a pass has begun; steps in between were of others, not seen
-            self._place += 1 if self._last is None else steps_since(self._last, fm.step)
-            self._last = fm.step
-        self._step = fm.step
+        if self._first is None:  # a pass has begun; steps in between were of others, not seen
+            self._place += since or fm.step + 1
+            self._first, self._last = tag, this
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
             tensor, reason = plain_values(fm)
@@ -136,8 +135,7 @@ class _Side:
         """The pass has ended, as far as is known."""
         if self._current and self._count is not None:
             self.passes.append(_Batch(self._place, self._count, self._ids, self._current))
-        self._step, self._current, self._count, self._ids = None, {}, None, None
-        self._first = None
+        self._first, self._current, self._count, self._ids = None, {}, None, None
         self._owner._take_in()
         if len(self.passes) > _AHEAD:
             raise ArgumentError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import Held, Mergeable
-from fmapkit.analysis._keys import Filters, Name, steps_since
+from fmapkit.analysis._keys import Filters, Name, PassTag
 from fmapkit.analysis._strongest import Scores, Strongest, by_sample, scores_of
 from fmapkit.analysis.layer_tops import LayerTops
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
@@ -46,12 +46,12 @@ class _Counter:
     """Numbers the inputs of each pass, as they come.
 
     Args:
-        step: of the latest pass; None if the first one may be any of its block.
+        last: the latest pass; None if the first one may be any of its block.
     """
 
-    def __init__(self, step: int | None = -1) -> None:
+    def __init__(self, last: PassTag | None) -> None:
         self.next = 0
-        self.step = step
+        self.last = last
         self._gap = False  # was warned of
         self.first = self.size = 0
         self.counted = False  # some had no numbers of the user's
@@ -67,9 +67,11 @@ class _Counter:
             )
         self.counted = True
         tags = (fm.layer, fm.kind, fm.nonlinearity, fm.path, fm.call, fm.filters)
-        if fm.step != self.step or tags in self.maps:  # another pass; of another block, perhaps
-            self._look_for_gap(fm.step)
-            self.step, self.first, self.size = fm.step, self.next, samples
+        this = PassTag.of(fm)
+        since = 1 if self.last is None else this.since(self.last)
+        if since or tags in self.maps:  # another pass; of another block, perhaps
+            self._look_for_gap(since or fm.step + 1, fm.step)
+            self.last, self.first, self.size = this, self.next, samples
             self.next += samples
             self.maps.clear()
         self.maps.add(tags)
@@ -80,9 +82,9 @@ class _Counter:
             )
         return torch.arange(self.first, self.first + samples, device=fm.tensor.device)
 
-    def _look_for_gap(self, step: int) -> None:
+    def _look_for_gap(self, since: int, step: int) -> None:
         """Warn, once, where inputs have gone by that nobody could count."""
-        if self.step is None or self._gap or (since := steps_since(self.step, step)) == 1:
+        if self._gap or since == 1:
             return
         self._gap = True
         warn(
@@ -160,7 +162,7 @@ class TopInputs(Mergeable[_TopGroup, LayerTops]):
                 )
         self._kinds = self.kinds
         super().__init__("top")
-        self._counter = _Counter()
+        self._counter = _Counter(PassTag(-1))
 
     # -- taking in -----------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class TopInputs(Mergeable[_TopGroup, LayerTops]):
     def reset(self) -> None:
         """Forget all that was seen; inputs are counted from 0 again."""
         super().reset()
-        self._counter = _Counter(step=None)
+        self._counter = _Counter(None)
 
     # -- reading -------------------------------------------------------------------------------
 

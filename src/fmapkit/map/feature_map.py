@@ -16,7 +16,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map.line import map_line
 from fmapkit.provenance import Heads, Lost, WeightRows
 from fmapkit.readable import tags
-from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
+from fmapkit.storage import Block, Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import as_numpy, parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
@@ -47,6 +47,8 @@ class FeatureMap:
         ids: numbers of the inputs, (samples,) int64, where `maps.batch(...)` gave them; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
         heads: of attention, the filters that are each head's queries, keys and values.
+        block: the block that made it: of two maps of one step, whether they are of one pass. None
+            of a copy by pickle.
     """
 
     tensor: Tensor = field(repr=False)
@@ -64,6 +66,7 @@ class FeatureMap:
     ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
+    block: Block | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
     _rows: WeightRows | Lost | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
@@ -337,7 +340,8 @@ class FeatureMap:
 
     def _data(self) -> dict[str, Any]:
         """What `restored` makes the map of again."""
-        tags = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        own = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "block"]
+        tags = {name: getattr(self, name) for name in own}
         made_by = self._rows.what if self._rows is not None else None
         return {**tags, "grad": self.grad, "parts": self.parts is not None, "made_by": made_by}
 

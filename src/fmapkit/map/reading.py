@@ -57,6 +57,7 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         edited=edited,
         ids=at.ids,
         heads=entry.heads,
+        block=at.block,
         _gradient=NotYet() if made else entry.held.gradient,
         _rows=rows,
     )

@@ -9,7 +9,7 @@ same module, containers and globs mean what they meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,9 +113,10 @@ class KeptSession:
         self.steps = snapshot.steps
         self.missed = [Missed(layer, reason) for layer, reason in snapshot.missed]
         self.store = PassStore(0 if snapshot.fleeting else None)
+        self.store.block.end()
         for kept in snapshot.passes:
             at = Pass(kept.step, kept.training)
-            at.segments = list(map(KeptEntry, kept.maps))
+            at.segments = [KeptEntry(replace(fm, block=self.store.block)) for fm in kept.maps]
             at.closed = True
             self.store.passes.append(at)
 

@@ -14,6 +14,7 @@ from fmapkit.storage.held import unheld as unheld
 from fmapkit.storage.inference_tensors import has_inference_tensors as has_inference_tensors
 from fmapkit.storage.inference_tensors import settle as settle
 from fmapkit.storage.offload import Cuda as Cuda
+from fmapkit.storage.passes import Block as Block
 from fmapkit.storage.passes import Budget as Budget
 from fmapkit.storage.passes import MapRecord as MapRecord
 from fmapkit.storage.passes import Pass as Pass

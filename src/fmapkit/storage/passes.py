@@ -43,6 +43,24 @@ class MapRecord:
         return tensors
 
 
+class Block:
+    """One block of a capture, which tells its passes from those of others.
+
+    Attributes:
+        ended: no pass comes any more.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def end(self) -> None:
+        """It has ended."""
+        self.ended = True
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"ended": True}  # to a copy, no pass comes
+
+
 class Pass:
     """The maps of one forward pass, in execution order.
 
@@ -50,8 +68,9 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    def __init__(self, step: int, training: bool = False) -> None:
+    def __init__(self, step: int, training: bool = False, block: Block | None = None) -> None:
         self.step = step
+        self.block = block
         # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
         self.grads = _grads() or in_function()
         self.training = training  # the mode the model was in then
@@ -131,6 +150,7 @@ class PassStore:
 
     def __init__(self, keep: int | None) -> None:
         self.passes: deque[Pass] = deque()
+        self.block = Block()  # that is open, or the next one
         self.fleeting = keep == 0  # there is one while it runs
         self.keep = 1 if self.fleeting else keep  # how many; None for all of them
         self._users: Counter[int] = Counter()  # by storage: how many counted passes hold it
@@ -138,8 +158,10 @@ class PassStore:
         self._going: deque[Any] = _NOTHING
 
     def take(self) -> PassStore:
-        """Another store, with all passes that this one has had."""
+        """The block has ended: another store, with all passes that this one has had."""
         taken = copy(self)
+        self.block.end()
+        self.block = Block()
         self.passes, self._users, self._total = deque(), Counter(), 0
         return taken
 
@@ -148,7 +170,7 @@ class PassStore:
 
         Gradually, its maps go one by one, as the new ones come.
         """
-        new = Pass(step, training)
+        new = Pass(step, training, self.block)
         while self.keep is not None and len(self.passes) >= self.keep:
             _, held = self.let_go()
             if gradually:
