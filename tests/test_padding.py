@@ -110,6 +110,63 @@ def test_the_strongest_input_is_no_padding() -> None:
     assert whole["0"].inputs.tolist() == [[40]]
 
 
+class Heads(Reader):
+    """The same, and a layer of each third of a token: (samples, positions, 2, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(3, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.heads(self.embed(ids).unflatten(2, (2, 3))).relu()
+        return super().forward(ids)
+
+
+def spread(values: Tensor) -> Tensor:
+    return values.reshape(*values.shape[:2], -1).std(2, correction=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("numbers", [None, [10, 11, 12, 13, 14]])
+@pytest.mark.parametrize("by", ["max", "mean", spread])
+@pytest.mark.parametrize("layer", ["up", "along", "heads", "head"])
+def test_the_strongest_inputs_are_those_of_texts_without_their_padding(
+    layer: str, by: Any, numbers: list[int] | None
+) -> None:
+    """Texts, not tokens, have numbers, and a place in them is one of the padded map."""
+    torch.manual_seed(0)
+    model, top = Heads().eval(), TopInputs(k=3, by=by)
+    mask = torch.cat([MASK, torch.zeros(1, 7, dtype=torch.bool)])  # nothing is left of the last
+    texts, known = torch.randint(0, 20, (10, 7)), numbers or list(range(10))
+    with capture(model, analyses=top, keep="all") as maps:
+        for part in texts.split(5):
+            maps.batch(numbers, mask=mask)
+            model(part)
+        held = torch.cat([fm.tensor for fm in maps.select(layers=layer, kind="activation")])
+    whole = held if layer == "along" else held.movedim(-1, 1)
+    lengths = [*LENGTHS[:, 0].tolist(), 0] * 2
+    for f in range(whole.shape[1]):
+        hits: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for n, length in enumerate(lengths):
+            text = whole[n, f] if layer == "head" else whole[n, f, :length]
+            if text.numel():
+                its = text.double()
+                score = {"max": its.max(), "mean": its.mean()}.get(by)
+                score = float(its.std(correction=0) if score is None else score)
+                place = torch.unravel_index(text.argmax(), text.shape) if text.dim() else ()
+                hit = score, tuple(map(int, place))
+                number = known[n % len(known)]
+                hits[number] = max(hits.get(number, hit), hit, key=lambda h: h[0])
+        order = sorted(hits, key=lambda number: (-hits[number][0], number))[:3]
+        assert [h.input for h in top[layer][f]] == order
+        assert [h.at for h in top[layer][f]] == [hits[n][1] for n in order]
+        assert [h.score for h in top[layer][f]] == pytest.approx([hits[n][0] for n in order])
+    if layer == "up" and numbers is None:
+        for contexts in top[layer].contexts(texts, before=0, after=0).values():
+            for c in contexts:
+                assert c.tokens == (int(texts[c.hit.input, c.hit.at[0]]),)
+
+
 @torch.no_grad()
 def test_two_models_are_compared_on_texts_alone() -> None:
     torch.manual_seed(0)

@@ -131,8 +131,41 @@ def by_sample(tensor: Tensor, dim: int) -> Tensor:
     return tensor.unsqueeze(0).movedim(dim + 1, 1) if dim == 0 else tensor.movedim(dim, 1)
 
 
-def scores_of(values: Tensor, by: str | Scores) -> Tensor:
-    """(samples, filters): how strongly each filter responds to each sample."""
+def padded(rows: Tensor, mask: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A map without its padding, as (samples, positions, ...), and the numbers of its samples.
+
+    Padding is -inf, which is never the strongest; a sample of nothing else never enters.
+
+    Args:
+        rows: (positions that are kept, ...).
+        mask: (samples, positions), true where they were.
+        ids: of each row.
+    """
+    at = mask.reshape(-1).nonzero().squeeze(1)
+    if ids is not None:
+        of_sample = placed(at // mask.shape[1], ids.device)
+        ids = ids.new_zeros(len(mask)).index_copy(0, of_sample, ids)
+    rows = rows if rows.is_floating_point() else rows.to(accumulator(rows.device))
+    whole = rows.new_full((mask.numel(), *rows.shape[1:]), -torch.inf)
+    whole.index_copy_(0, placed(at, rows.device), rows)
+    return whole.reshape(*mask.shape, *rows.shape[1:]), ids
+
+
+def scores_of(values: Tensor, by: str | Scores, mask: Tensor | None = None) -> Tensor:
+    """(samples, filters): how strongly each filter responds to each sample.
+
+    Args:
+        values: (samples, filters, *locations).
+        by: what makes a sample strong.
+        mask: (samples, locations along the first of their axes), true where there is no padding.
+    """
+    if mask is not None and callable(by):  # each sample has locations of its own
+        found = values.new_full(values.shape[:2], -torch.inf, dtype=accumulator(values.device))
+        for n, keep in enumerate(mask):
+            if len(at := keep.nonzero().squeeze(1)):
+                one = values[n : n + 1].index_select(2, placed(at, values.device))
+                found[n] = scores_of(one, by)[0]
+        return found
     if callable(by):
         given = by(values)
         if not isinstance(given, Tensor) or given.shape != values.shape[:2]:
@@ -147,7 +180,12 @@ def scores_of(values: Tensor, by: str | Scores) -> Tensor:
         scores = values
     else:
         over = tuple(range(2, values.dim()))
-        if by == "mean":
+        if by == "mean" and mask is not None:
+            keep = placed(mask, values.device).reshape(len(mask), 1, -1, *[1] * (len(over) - 1))
+            count = keep.sum(over) * values.shape[3:].numel()
+            total = values.masked_fill(~keep, 0).sum(over, dtype=accumulator(values.device))
+            scores = total / count
+        elif by == "mean":
             scores = values.mean(over, dtype=accumulator(values.device))
         else:
             scores = values.amax(over)

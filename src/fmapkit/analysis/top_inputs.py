@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import Held, Mergeable
 from fmapkit.analysis._keys import Filters, Name, PassTag
-from fmapkit.analysis._strongest import Scores, Strongest, by_sample, scores_of
+from fmapkit.analysis._strongest import Scores, Strongest, by_sample, padded, scores_of
 from fmapkit.analysis.layer_tops import LayerTops
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
 
@@ -169,11 +169,15 @@ class TopInputs(Mergeable[_TopGroup, LayerTops]):
     def _take_in(self, fm: FeatureMap, tensor: Tensor, name: Name, filters: Filters) -> str:
         if filters is None or fm.filter_dim is None:
             return "its filters do not lie along one axis"
-        values = by_sample(tensor, fm.filter_dim)
+        dim = fm.filter_dim
+        if fm.mask is not None:
+            (tensor, ids), dim = padded(tensor, fm.mask, fm.ids), dim + 1
+            fm = replace(fm, ids=ids)
+        values = by_sample(tensor, dim)
         samples, count, axes = values.shape[0], values.shape[1], values.dim() - 2
-        ids = self._counter.ids(fm, samples)
-        if isinstance(ids, str):
-            return ids
+        numbers = self._counter.ids(fm, samples)
+        if isinstance(numbers, str):
+            return numbers
         groups = self._groups.names.setdefault(name, {})
         if filters not in groups:
             top = Strongest.none(count, self.k, axes, values.device)
@@ -183,9 +187,9 @@ class TopInputs(Mergeable[_TopGroup, LayerTops]):
         if group.sums.axes != axes:
             return f"it had {group.sums.axes} axes of locations before, and has {axes} now"
         if values.numel():
-            scores = scores_of(values, self.by)
+            scores = scores_of(values, self.by, fm.mask)
             top = group.sums.on(values.device)
-            group.sums = top.after(values, scores, placed(ids, values.device))
+            group.sums = top.after(values, scores, placed(numbers, values.device))
             group.seen += samples
         return ""
 

@@ -47,6 +47,8 @@ class FeatureMap:
         ids: numbers of the inputs, (samples,) int64, where `maps.batch(...)` gave them; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
         heads: of attention, the filters that are each head's queries, keys and values.
+        mask: of one that an analysis is shown without its padding, (samples, positions), true where
+            its rows were; else None.
         block: the block that made it: of two maps of one step, whether they are of one pass. None
             of a copy by pickle.
     """
@@ -66,6 +68,7 @@ class FeatureMap:
     ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
     block: Block | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
     _rows: WeightRows | Lost | None = field(default=None, repr=False)

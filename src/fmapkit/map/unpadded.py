@@ -29,7 +29,7 @@ def unpadded(fm: FeatureMap, mask: Tensor) -> FeatureMap:
     if axis < 2:  # it is of samples or positions alone
         return fm
     ids = None if fm.ids is None else kept(fm.ids[:, None].expand(mask.shape), mask)
-    return replace(fm, tensor=kept(tensor, mask), filter_dim=axis - 1, ids=ids)
+    return replace(fm, tensor=kept(tensor, mask), filter_dim=axis - 1, ids=ids, mask=mask)
 
 
 def kept(values: Tensor, mask: Tensor) -> Tensor:
