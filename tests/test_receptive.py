@@ -98,6 +98,57 @@ def test_stacks_have_the_closed_form(layers: list[Layer]) -> None:
     assert field.offset == (-padding, -padding)
 
 
+WRITERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": F.relu,
+    "relu_": F.relu_,
+    "several": lambda z: F.silu(z, inplace=True).mul_(2.0).tanh_(),
+    "out": lambda z: torch.clamp(z, min=0, out=z),
+    "a": lambda z: F.relu(z).add_(1.0),
+    "a part of a": lambda z: (a := F.relu(z), a[:, :2].zero_())[0],
+    "another": lambda z: (a := F.relu(z), a.copy_(z.flip(3)))[0],
+}
+
+
+@pytest.mark.parametrize("kind", ["response", "preactivation", "activation", "output"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_map_that_the_model_writes_over_has_the_field_that_it_had(name: str, kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return WRITERS[name](self.conv(x)).sum(1)
+
+    field = receptive_field(Net().eval(), "conv", torch.randn(1, 1, 9, 9), kind=kind)
+    assert field.size == (3, 3)
+    assert field.box(4, 4) == (3, 3, 6, 6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_that_is_computed_beside_the_model_is_refused(fused: bool) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            if fused:
+                return F.scaled_dot_product_attention(q, k, v)
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def field() -> Any:
+        x = torch.randn(1, 5, 4)
+        return receptive_field(Attention().eval(), "", x, kind="attention", axes=1)
+
+    if fused:
+        with pytest.raises(ArgumentError, match="torch fuses the attention of layer ''"):
+            field()
+    else:
+        assert field().box(2) == (0, 5)
+
+
 def _plain(*layers: tuple[int, int, int]) -> nn.Sequential:
     """Convolutions, and pooling where the stride is 2 and the kernel no more than 3."""
     steps: list[nn.Module] = []

@@ -30,6 +30,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model import run
 from fmapkit.plot import spread_pixels
+from fmapkit.torchlib.side_ops import copies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -311,6 +312,7 @@ class _WantedField:
             self.map.capture(self.model) as maps,
             follow,
             Leaving(follow),
+            copies(lambda tensor, copy: fields.put(copy, fields.of(tensor))),
         ):
             try:
                 run(self.model, inputs)
@@ -321,6 +323,12 @@ class _WantedField:
         where = map_axes(fm, tensor, self.axes)
         shape = tuple(fm.shape[a] for a in where)
         found = fields.of(fm.tensor)
+        if found is None and fm.kind == "attention":
+            raise ArgumentError(
+                f"receptive_field follows what the model computes, and torch fuses the attention "
+                f"of layer {fm.layer!r}, which was computed beside it; ask for its output",
+                layer=fm.layer,
+            )
         starts, stops = _read(found, fm.tensor, where, len(self.axes))
         return fm, shape, starts, stops, follow
 

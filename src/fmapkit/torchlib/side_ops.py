@@ -8,7 +8,7 @@ copy of ours, made in the forward only, would shift all that follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -38,11 +38,27 @@ def operators_are_counted() -> bool:
 
 def clone(tensor: Tensor) -> Tensor:
     """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
-    if not (dispatch_mode_count() or mode_count()):
+    if not (dispatch_mode_count() or mode_count() or _told):
         if torch.is_grad_enabled() or not tensor.requires_grad:
             return tensor.clone()
     with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), looking():
-        return tensor.clone()
+        copy = tensor.clone()
+        for tell in _told:
+            tell(tensor, copy)
+        return copy
+
+
+_told: list[Callable[[Tensor, Tensor], None]] = []
+
+
+@contextmanager
+def copies(tell: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Be told of each copy, which no mode sees: of a tensor, and the copy."""
+    _told.append(tell)
+    try:
+        yield
+    finally:
+        _told.remove(tell)
 
 
 class _GoesOn(torch.autograd.Function):
