@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import FeatureMap, MapStateError, capture
-from fmapkit.analysis import DeadFilters, Statistics
+from fmapkit.analysis import DeadFilters, Similarity, Statistics, TopInputs
 from tests.truth import assert_nothing_left, fingerprint
 
 
@@ -207,3 +207,29 @@ def test_gradients_are_refused_by_name(kind: type[Net], gradients: bool) -> None
     assert c.grad is not None
     assert stats["c", "preactivation"].mean.tolist() == [1.0, 1.0]
     assert torch.equal(stats["a"].mean, maps["a"].grad.double().mean(0))  # type: ignore
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, *_WHOLE], ids=str)
+@pytest.mark.parametrize("locations", [(), (5,)])
+def test_each_analysis_takes_integers_and_booleans(
+    dtype: torch.dtype, locations: tuple[int, ...]
+) -> None:
+    x = torch.randint(0, 2 if dtype == torch.bool else 90, (8, 4, *locations))
+    given, floats = (
+        FeatureMap(values, "activation", "layer", filter_dim=1, filters=range(4))
+        for values in (x.to(dtype), x.double())
+    )
+    makers: list[Callable[[], Any]] = [Statistics, DeadFilters, Similarity, TopInputs]
+    makers.append(lambda: TopInputs(by="mean"))
+    for make in makers:
+        one, other = make(), make()
+        one.update(given)
+        other.update(floats)
+        assert str(one) == str(other)
+        assert not one.missed
+        if isinstance(one, TopInputs):
+            assert torch.equal(one["layer"].inputs, other["layer"].inputs)
+            assert torch.equal(one["layer"].at, other["layer"].at)

@@ -85,6 +85,10 @@ class ReadableMaps(Protocol):
         """The maps of some layers, of a pass."""
 
 
+# In what torch finds no extremes.
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
+
+
 def plain_values(fm: ReadableMap) -> tuple[Tensor | None, str]:
     """The map's plain tensor; or None, and the reason why there are no values to speak of."""
     tensor = fm.tensor
@@ -100,6 +104,7 @@ def plain_values(fm: ReadableMap) -> tuple[Tensor | None, str]:
         return None, "it is on the meta device, without values"
     if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.float()  # torch computes nothing in eight bits
+    tensor = tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
     return tensor, ""
 
 

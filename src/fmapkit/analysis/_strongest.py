@@ -103,7 +103,8 @@ def _of_map(values: Tensor, scores: Tensor, ids: Tensor, k: int) -> Strongest:
     scores, inputs, samples = _first(scores, ids.expand(len(scores), -1), k)
     filters = torch.arange(len(scores), device=values.device).unsqueeze(1).expand_as(samples)
     rows = values.unsqueeze(-1)[samples, filters].flatten(2)  # one location where there is none
-    flat = rows.nan_to_num(nan=-torch.inf).argmax(2)
+    rows = rows.byte() if rows.dtype == torch.bool else rows.nan_to_num(nan=-torch.inf)
+    flat = rows.argmax(2)
     found: list[Tensor] = []
     for size in reversed(values.shape[2:]):  # torch.unravel_index would send the sizes along
         found.append(flat % size)
