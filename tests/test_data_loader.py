@@ -159,6 +159,35 @@ def test_ranks_have_as_many_batches_from_a_store(features: Features) -> None:
         assert len(lengths) == 1
 
 
+@pytest.mark.parametrize("per", [None, 7, 2, 1])
+@pytest.mark.parametrize("shuffle", ["buffer", None])
+def test_ranks_of_a_store_of_few_units_miss_few_rows(
+    model: nn.Module, tmp_path: Path, per: int | None, shuffle: Any
+) -> None:
+    """1, 3, 10 and 19 units of 300 rows: of each rank, a batch and a row of each may be missing."""
+    options: dict[str, Any] = {"batches_per_commit": per, "progress": False}
+    few = extract(model, data(), "0", tmp_path / "f", **options)
+    for world in (1, 2, 3, 8):
+        loaders = [
+            few.loader("0", 10, buffer=20, rank=r, world=world, shuffle=shuffle)
+            for r in range(world)
+        ]
+        seen = [rows_of(list(loader)) for loader in loaders]
+        every = [row for rows in seen for row in rows]
+        assert len(set(every)) == len(every) >= ROWS - (0 if world == 1 else 10 * world)
+        state = loaders[-1].state_dict()
+        again = few.loader("0", 10, buffer=20, rank=world - 1, world=world, shuffle=shuffle)
+        again.load_state_dict(state)
+        assert rows_of(list(again)) == rows_of(list(loaders[-1]))
+
+
+def test_fewer_rows_than_ranks_are_refused(features: Features) -> None:
+    with pytest.raises(
+        ArgumentError, match="there are 300 rows for world=301 ranks: some get none"
+    ):
+        features.loader("0", 16, rank=0, world=301)
+
+
 @settings(max_examples=25)
 @given(
     batch=st.integers(1, 70),

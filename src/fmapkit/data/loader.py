@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,19 @@ from fmapkit.data._rows import Taken
 from fmapkit.data._run import Run
 from fmapkit.errors import ArgumentError, StoreError, check_positive, is_int, listed
 
+# Units of each rank: of fewer, the one that some ranks have more is much of the rows.
+_FEW = 8
+
 # Of blocks whose sizes are known the numbers, in order; else whether that one is.
 Wanted = Sequence[int] | Callable[[int], bool]
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
 class StoredRows:
-    """Rows of arrays of a store, which have the same number of them; a block is a unit."""
+    """Rows of arrays of a store, which have the same number of them.
+
+    A block is a unit, or a part of one where there are few for so many ranks.
+    """
 
     def __init__(self, arrays: Mapping[str, StoredArray]) -> None:
         for name, array in arrays.items():
@@ -40,6 +47,20 @@ class StoredRows:
                 raise ArgumentError(f"{name!r} is text, which cannot be put into a batch of rows")
         self._arrays = dict(arrays)
         self._bounds = next(iter(arrays.values())).bounds
+        self.parts = 1  # of each unit
+
+    def share(self, world: int) -> None:
+        """Have a part of each unit for each rank, where there are few.
+
+        Raises:
+            ArgumentError: there are fewer rows than ranks.
+        """
+        rows = sum(self.sizes())
+        if 0 < rows < world:
+            raise ArgumentError(f"there are {rows} rows for world={world} ranks: some get none")
+        if len(self._bounds) < _FEW * world:
+            ends = (np.linspace(*unit, world + 1).astype(int).tolist() for unit in self._bounds)
+            self._bounds, self.parts = [part for cut in ends for part in pairwise(cut)], world
 
     def sizes(self) -> list[int]:
         """Rows of each block."""
@@ -79,6 +100,10 @@ class LiveRows:
     batches: Batches
     fingerprint: dict[str, str]
     single: bool  # whether there has to be one array only
+    parts = 1  # of each batch
+
+    def share(self, world: int) -> None:
+        """Each rank has its own batches of the loader."""
 
     def sizes(self) -> None:
         """Not known before the model has run."""
@@ -190,6 +215,7 @@ class RowLoader:
         self._world = world if world is not None else dist.get_world_size() if joined else 1
         if not 0 <= self._rank < self._world:
             raise ArgumentError(f"rank must be from 0 to {self._world - 1}, not {self._rank}")
+        source.share(self._world)
         self._source = source
         self._batch = batch
         self._shuffle = shuffle == "buffer"
@@ -275,10 +301,14 @@ class RowLoader:
         sizes = self._source.sizes()
         if sizes is None:
             return None, None
-        order = list(range(len(sizes)))
+        parts, world = self._source.parts, self._world
+        order = list(range(len(sizes) // parts))
         if self._shuffle:
-            order = torch.randperm(len(sizes), generator=self._generator(self._epoch)).tolist()
-        of_ranks = [order[rank :: self._world] for rank in range(self._world)]
+            order = torch.randperm(len(order), generator=self._generator(self._epoch)).tolist()
+        of_ranks = [order[rank::world] for rank in range(world)]
+        if parts > 1:  # which one goes round
+            at = list(enumerate(order))
+            of_ranks = [[n * parts + (rank + i) % parts for i, n in at] for rank in range(world)]
         rows = [sum(sizes[n] for n in mine) for mine in of_ranks]
         counts = [n // self._batch if self._drop_last else -(-n // self._batch) for n in rows]
         return of_ranks[self._rank], min(counts)
