@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,10 @@ def test_extract_a_folder_of_images(images: Path, tmp_path: Path) -> None:
     assert main([*command, "--stop", "--dtype", "float16"]) == 2
 
 
+floats = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).eval()
+tokens = nn.Sequential(nn.Embedding(4, 2), nn.Tanh()).eval()
+
+
 def test_extract_numpy_files(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(10, 3, 6, 6)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -117,6 +122,46 @@ def test_extract_numpy_files(tmp_path: Path) -> None:
     fields = Features(str(tmp_path / "x.npz.zarr")).fields
     assert list(fields) == ["y"]  # the others are not of as many rows
     assert fields["y"][:].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", ">f8", ">i4", "u2", "u4", ">u2"])
+def test_extract_numbers_of_any_type_with_text_beside(tmp_path: Path, dtype: str) -> None:
+    x = np.random.default_rng(0).integers(0, 4, (6, 3)).astype(dtype)
+    name, two = np.array([*"abcdé", "fgh"]), np.array([["a", "b"]] * 6)
+    beside = {"name": name, "two": two, "x": x, "y": x[:, 0]}
+    np.savez(tmp_path / "x.npz", input=x, **beside)
+    model = "floats" if "f" in dtype else "tokens"
+    to = str(tmp_path / "f.zarr")
+    command = ["extract", f"tests.test_cli:{model}", str(tmp_path / "x.npz"), "--layers", "0"]
+    assert main([*command, "--to", to, "--kinds", "output", "--no-progress"]) == 0
+    given = torch.from_numpy(x.astype(np.float32 if model == "floats" else np.int64))
+    with torch.no_grad():
+        assert torch.equal(Features(to)["0"].tensor(), globals()[model][0](given))
+    for field, values in beside.items():
+        assert Features(to).fields[field][:].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.array([["a", "b"]]), "x.npy has values of type <U1, and a model takes numbers"),
+        (np.array([["2020"]], "datetime64[D]"), "has values of type datetime64[D], and a model"),
+        (np.array([[None, 1]]), "cannot read the arrays of"),
+        (b"nothing of NumPy's", "cannot read the arrays of"),
+        (b"", "cannot read the arrays of"),
+    ],
+)
+def test_arrays_that_no_model_takes(
+    values: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "x.npy"
+    if isinstance(values, bytes):
+        place.write_bytes(values)
+    else:
+        np.save(place, values)
+    command = ["extract", "tests.test_cli:floats", str(place), "--layers", "0"]
+    assert main([*command, "--to", str(tmp_path / "f")]) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--columns", "y"], ["--split", "train"]])

@@ -8,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -115,25 +116,42 @@ class _Arrays(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         values = np.array(self._rows[index])
-        if values.dtype == np.float64:
-            values = values.astype(np.float32)
+        values = values.astype(_taken_as(values.dtype))
         sample: dict[str, Any] = {"input": torch.from_numpy(values)}
         return sample | {name: array[index] for name, array in self._beside.items()}
+
+
+def _taken_as(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """As what a model takes such numbers; torch has few functions of large unsigned ones."""
+    if dtype.kind == "f":
+        return np.dtype(np.float32)
+    return (
+        np.dtype(np.int64) if dtype.kind == "u" and dtype.itemsize > 1 else dtype.newbyteorder("=")
+    )
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return dict(np.load(path)) if path.suffix == ".npz" else np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise ArgumentError(f"cannot read the arrays of {path}: {error}") from error
 
 
 def _arrays(paths: list[Path]) -> Data:
     beside: dict[str, Any] = {}
     if paths[0].suffix == ".npz":
-        inside = dict(np.load(paths[0]))
+        inside = _loaded(paths[0])
         first = "input" if "input" in inside else next(iter(inside), None)
         if first is None:
             raise ArgumentError(f"{paths[0]} holds no array")
         arrays = [inside.pop(first)]
         beside = {n: a for n, a in inside.items() if a.shape[:1] == arrays[0].shape[:1]}
     else:
-        arrays = [np.load(path, mmap_mode="r") for path in paths]
+        arrays = list(map(_loaded, paths))
     if any(a.ndim < 2 for a in arrays):
         raise ArgumentError(f"{paths[0]} has no axis beside that of samples")
+    if wrong := [a.dtype for a in arrays if a.dtype.kind not in "biufc"]:
+        raise ArgumentError(f"{paths[0]} has values of type {wrong[0]}, and a model takes numbers")
     shape = "×".join(map(str, arrays[0].shape[1:]))
     said = f"{sum(len(a) for a in arrays):,} arrays {shape} of {arrays[0].dtype}"
     return Data(_Arrays(arrays, beside), call_input, tuple(beside), said, _stacked)
@@ -224,7 +242,7 @@ def _together(values: list[Any]) -> Any:
                 "makes images of one size, --batch 1 takes each by itself"
             )
         return torch.stack(values)
-    if isinstance(values[0], (bool, int, float, np.generic)):
+    if isinstance(values[0], (bool, int, float, np.number, np.bool_)):
         return torch.as_tensor(np.asarray(values))
     return values
 
