@@ -157,6 +157,23 @@ def test_the_first_nan_is_found_in_its_pass_and_its_map() -> None:
     assert first.found == []
 
 
+def test_passes_of_several_blocks_are_counted_on() -> None:
+    torch.manual_seed(0)
+    model, first = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), FirstNonFinite()
+    with torch.no_grad():
+        for broken in (None, 2, None, 0):
+            with capture(model, analyses=first, keep=0):
+                model(torch.randn(1, 2))
+                if broken is not None:
+                    model[broken].bias.fill_(math.nan)
+                model(torch.randn(1, 2))
+    assert [(f.step, f.layer, f.kind) for f in first.found] == [
+        (3, "2", "preactivation"),
+        (7, "0", "preactivation"),
+        (7, "0", "activation"),
+    ]
+
+
 def test_complex_and_sparse_maps_are_looked_at_or_named() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

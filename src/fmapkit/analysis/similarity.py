@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fmapkit._warnings import warn
-from fmapkit.analysis._keys import PassTag
 from fmapkit.analysis._pairs import LEAST, Gram, MapTag, Pairs, labels
 from fmapkit.errors import (
     ArgumentError,
@@ -26,6 +25,7 @@ from fmapkit.errors import (
     listed,
     no_layer,
 )
+from fmapkit.map import PassTag
 from fmapkit.readable import plain_values
 from fmapkit.tables import Shown, Table
 

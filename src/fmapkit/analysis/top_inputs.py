@@ -12,10 +12,11 @@ from torch import Tensor
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import Held, Mergeable
-from fmapkit.analysis._keys import Filters, Name, PassTag
+from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._strongest import Scores, Strongest, by_sample, padded, scores_of
 from fmapkit.analysis.layer_tops import LayerTops
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
+from fmapkit.map import PassTag
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fmapkit.map import PassTag
 from fmapkit.readable import plain_values
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class NonFiniteMap:
     """A map that had a NaN or an infinity, for the first time.
 
     Attributes:
-        step: the pass, by the map's step.
+        step: the pass, by the map's step; those of several blocks are counted on.
         order: which map of a pass it is, by when it was first seen.
         layer: its layer.
         kind: its kind.
@@ -54,11 +55,14 @@ class FirstNonFinite:
     """
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[str, str, int, str], Tensor] = {}
-        self._missed: dict[tuple[str, str], str] = {}
+        self._last: PassTag
+        self.reset()
 
     def update(self, fm: FeatureMap) -> None:
         """Take one map in; one without values to look at is named in `missed`."""
+        this = PassTag.of(fm)
+        self._step += this.since(self._last)
+        self._last = this
         with torch.inference_mode(False), torch.no_grad():
             # Complex numbers have no order, which is all that is wrong with their values.
             tensor, reason = (fm.tensor, "") if fm.tensor.is_complex() else plain_values(fm)
@@ -71,7 +75,7 @@ class FirstNonFinite:
                 before = torch.full((), -1, dtype=torch.int64, device=tensor.device)
             before = before.to(tensor.device)
             bad = ~torch.isfinite(tensor).all()
-            self._steps[key] = torch.where(bad & (before < 0), fm.step, before)
+            self._steps[key] = torch.where(bad & (before < 0), self._step, before)
 
     @property
     def missed(self) -> dict[tuple[str, str], str]:
@@ -91,7 +95,9 @@ class FirstNonFinite:
 
     def reset(self) -> None:
         """Forget all that was seen."""
-        self._steps, self._missed = {}, {}
+        self._steps: dict[tuple[str, str, int, str], Tensor] = {}
+        self._missed: dict[tuple[str, str], str] = {}
+        self._step, self._last = -1, PassTag(-1)
 
     def __repr__(self) -> str:
         if not self._steps:
