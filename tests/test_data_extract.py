@@ -26,6 +26,7 @@ from fmapkit import (
     ArgumentError,
     CaptureWarning,
     FeatureMap,
+    FmapkitError,
     KindNotCapturedError,
     NotAModuleError,
     StoreError,
@@ -36,7 +37,7 @@ from fmapkit.analysis import Statistics
 
 zarr = pytest.importorskip("zarr", minversion="3.1.4")
 
-from fmapkit.data import Features, extract  # noqa: E402
+from fmapkit.data import Features, extract, stream  # noqa: E402
 from tests.checks import Residual  # noqa: E402
 from tests.truth import assert_nothing_left, fingerprint  # noqa: E402
 
@@ -225,6 +226,27 @@ def test_call(model: Net, tmp_path: Path) -> None:
         model, data, "conv2", tmp_path / "f", call=lambda m, batch: m(batch["nested"]["image"])
     )
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("times", [0, 2, 3])
+def test_a_call_that_is_not_of_one_pass_is_refused(
+    model: Net, tmp_path: Path, at: int, times: int
+) -> None:
+    """Of several passes the last one alone would be kept; of none, that of the batch before."""
+
+    def call(model: nn.Module, batch: Tensor) -> None:
+        for _ in range(times if torch.equal(batch, batches[at]) else 1):
+            model(batch)
+
+    batches = list(IMAGES.split(8))
+    says = f"call= ran the model {times} times for batch {at}, and the rows of a sample are of one"
+    if not times:
+        says = "gave no map|no map came|is missing in a batch|no activation"
+    with pytest.raises(FmapkitError, match=says):
+        quiet(model, batches, "conv2", tmp_path / "f", call=call)
+    with pytest.raises(FmapkitError, match=says):
+        list(stream(model, batches, "conv2", 8, call=call))
 
 
 def test_values_beyond_the_range_of_the_dtype_are_warned_of(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fmapkit import CaptureWarning, FeatureMaps, capture
+from fmapkit import CaptureWarning, FeatureMap, FeatureMaps, capture
 from fmapkit.data._batches import Batch, moved
 from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Rows, Taken
 from fmapkit.errors import ArgumentError, check_device, check_module
+from fmapkit.map import PassTag
 
 _TRIALS = 3  # of a batch whose pass could not be kept
 _RUN_AGAIN = ".*a way through its code that no earlier pass had taken"
@@ -46,6 +47,8 @@ class Run:
         self._device = _device_of(self.model, device)
         self._call = call or _default_call(self.model, rows.keep)
         self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
+        self._last = PassTag(-1)
+        self._calls = 0  # since that one
         self.missed: list[Any] = []  # as of the latest pass
 
     def _taken(self, maps: FeatureMaps, batch: Batch, ride: bool = True) -> Taken:
@@ -61,6 +64,7 @@ class Run:
                     warnings.filterwarnings("ignore", _RUN_AGAIN, CaptureWarning)
                     self._call(self.model, moved(batch.data, self._device))
                 found = list(maps)
+                self._check_passes(batch, found)
                 keys = [(fm.layer, fm.kind, fm.call, fm.path, fm.nonlinearity) for fm in found]
                 self._keys = self._keys or keys
                 if keys == self._keys:
@@ -70,6 +74,21 @@ class Run:
             if ride:
                 self.riding.show(found, taken.mask, batch.start, taken.samples)
         return taken
+
+    def _check_passes(self, batch: Batch, found: list[FeatureMap]) -> None:
+        """A call is to be of one pass: of several, the last one alone has its maps here."""
+        self._calls += 1
+        if not found:
+            return
+        this = PassTag.of(found[0])
+        passes, calls = this.since(self._last), self._calls
+        self._last, self._calls = this, 0
+        if passes > calls:
+            raise ArgumentError(
+                f"call= ran the model {passes - calls + 1} times for batch {batch.number}, and the "
+                "rows of a sample are of one pass: let it run the model once, on all inputs of the "
+                "batch"
+            )
 
     def probe(self, batch: Batch) -> Taken:
         """What a batch gives, in a pass of its own that no analysis sees."""

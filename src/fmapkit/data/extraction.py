@@ -77,7 +77,7 @@ def extract(
         device: where the batches go; None for where the model is.
         keep: fields of the batch to keep beside: names, or a dict of name -> key of the batch,
             index into it, or function of it. Numbers and text.
-        call: `call(model, batch)` runs the model, where the default does not fit.
+        call: `call(model, batch)` runs the model, once, where the default does not fit.
         stop: end each forward at the last wanted map (see `capture`); the rest does not run.
         analyses: running analyses, which see the maps of each pass before pooling, without padding;
             their state is kept with the features.
