@@ -26,7 +26,8 @@ class StoredArray:
     """Rows of numbers (or of text) in a store; indexing reads them.
 
     `array[i]`, `array[a:b]`, `array[[3, 1, 4]]`, `array[mask]` give torch tensors, of text NumPy
-    arrays; further indices cut the other axes, as in `array[:100, 5]`.
+    arrays; further indices cut the other axes, as in `array[:100, 5]`, by place: where some filters
+    alone are there, `FeatureArray.filters` says which is where.
 
     Args:
         name: of it.
