@@ -113,6 +113,8 @@ class GraphTrace(PassTrace):
 class GraphTracer(Tracer):
     """The tracer of eager passes, on a graph: it labels, and holds where to read."""
 
+    eager = False
+
     def __init__(self, names: Names, wants: Selection, miss: Callable[[str, str], None]) -> None:
         self.noted = NodeAliases()
         trace = GraphTrace(names, GraphRecord(names, wants, self.noted, miss))

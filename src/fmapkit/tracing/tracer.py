@@ -85,6 +85,8 @@ _LAZY = (UninitializedParameter, UninitializedBuffer)
 class Tracer(ObserverMode):
     """Sees one pass; see the module's docstring."""
 
+    eager = True  # it sees what runs, and not what torch.compile traces
+
     def __init__(self, trace: PassTrace, edits: RequestedEdits | None) -> None:
         super().__init__()
         self.trace = trace
@@ -170,7 +172,7 @@ class Tracer(ObserverMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
-        if compiling():  # within a pass: a part of the model is exported, say
+        if self.eager and compiling():  # within a pass, a part of the model is exported, say
             return func(*args, **kwargs)
         known = self.described.get(func) or describe(func)
         others = types and not _TORCHS.issuperset(types)
