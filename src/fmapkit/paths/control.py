@@ -78,9 +78,9 @@ class ControlPaths:
         sink = sinks.start(self._place_of, self._modules, self._met)
         self._items, self._records = sink.items, True
 
-    def _met(self, module: nn.Module) -> None:
-        """A module that is not registered is about to run: its code is to record, too."""
-        for kind in {type(m) for m in modules_in(module)} - self._kinds_met:
+    def _met(self, kind: type) -> None:
+        """A module that is not registered is about to run: the code of its class is to record."""
+        if kind not in self._kinds_met:
             self._kinds_met.add(kind)
             self._set_class(kind)
 

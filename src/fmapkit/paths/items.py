@@ -28,7 +28,6 @@ from torch.autograd import Function
 from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, is_registered, sinks
 from fmapkit.torchlib.caching import remembered
-from fmapkit.torchlib.nested import modules_in
 
 PLAIN: frozenset[type] = frozenset(
     {
@@ -53,6 +52,7 @@ _YES, _NO = (bool, True), (bool, False)
 
 # What of the attributes of a module that no guard looks at is compared.
 _TOLD = frozenset({bool, int, float, str, type(None)})
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _WRAPPED = (staticmethod, classmethod)
 
 # Past what a metaclass may say.
@@ -282,22 +282,27 @@ def other_callable(function: Any) -> Any:
         return class_of(function if issubclass(kind, type) else kind)
     if is_registered(function):
         return function  # the guards of the model look at what is in it
-    sink = sinks.get(ident())
-    if sink is not None:
-        sink.met(function)
     return _condition(function)
 
 
 def _condition(module: nn.Module) -> Any:
     """What tells how a module will run that is not the model's: no guard looks at it.
 
-    It may be made anew in each pass.
+    It may be made anew in each pass. No code of its own is run.
     """
-    found: list[Any] = []
-    for part in modules_in(module):
-        own = [(n, flat(v)) for n, v in part.__dict__.items() if type(v) in _TOLD]
-        hooks = (*part._forward_pre_hooks, *part._forward_hooks)
-        found.append((class_of(type(part)), *own, hooks))
+    sink, found = sinks.get(ident()), []
+    parts, seen = [module], {id(module)}
+    for part in parts:  # which grows
+        own = object.__getattribute__(part, "__dict__")
+        told = [(n, flat(v)) for n, v in own.items() if type(v) in _TOLD]
+        hooks = [n for name in _HOOKS for n in own.get(name, ())]
+        found.append((class_of(type(part)), *told, tuple(hooks)))
+        for child in own.get("_modules", {}).values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                parts.append(child)
+        if sink is not None:
+            sink.met(type(part))
     return Fixed(tuple(found))
 
 

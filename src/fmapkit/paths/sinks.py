@@ -21,7 +21,7 @@ class DecisionSink:
     # Names the place of a parameter in the model; None for any other tensor.
     place_of: Callable[[Tensor], str | None]
     modules: Container[nn.Module]
-    met: Callable[[nn.Module], object]  # called with others that are about to run
+    met: Callable[[type], None]  # called with the classes of others that are about to run
     items: list[Any]  # the decisions taken so far
     users: int = 0  # how many captures record
 
@@ -44,7 +44,7 @@ def is_registered(module: nn.Module) -> bool:
 def start(
     place_of: Callable[[Tensor], str | None],
     modules: Container[nn.Module],
-    met: Callable[[nn.Module], None],
+    met: Callable[[type], None],
 ) -> DecisionSink:
     """Record in this thread; where that is done already, go on with it."""
     thread = ident()

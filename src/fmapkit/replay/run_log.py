@@ -207,7 +207,10 @@ class RunLog(PassPiece):
     def fits(self) -> bool:
         """Whether each map has its filters where the plan says: no more, no fewer."""
         return all(
-            spec.axes is None or item is None or spec.axes.fit(item[0].shape)
+            item is None
+            or spec.axes is None
+            or spec.picked is not None  # which has looked for them
+            or spec.axes.fit(item[0].shape)
             for step in self.plan.steps
             for item, spec in zip(self._items(step), step.map_specs, strict=True)
         )

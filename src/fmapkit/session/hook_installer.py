@@ -181,19 +181,25 @@ class HookInstaller:
 
     def _unrecorded(self, frame: FrameType | None) -> None:
         """A method, of a frame, begins where nothing is recorded; None: others record, too."""
-        live = self._live
-        if self._all_doors or threading.get_ident() != live.thread:
+        if self._all_doors or threading.get_ident() != self._live.thread:
             return
-        if frame is not None:
-            if live.current is not None or not frame.f_code.co_argcount:
-                return
-            owner = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if not isinstance(owner, nn.Module) or owner not in live.asked.names.by_module:
-                return
+        if frame is not None and not self._is_ours(frame):
+            return
         self._all_doors = True
         self.listen_no_more()
         for region in self.tapped:
             self._doors(region)
+
+    def _is_ours(self, frame: FrameType) -> bool:
+        """Whether a function that begins, outside of a pass, is a method of one of the modules."""
+        live = self._live
+        if live.current is not None or not frame.f_code.co_argcount:
+            return False
+        owner: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
+        ours, kind = live.asked.names.by_module, type(owner)
+        if kind.__hash__ is not object.__hash__:  # its own code would tell of its call, too
+            return any(owner is module for module in ours)
+        return issubclass(kind, nn.Module) and owner in ours
 
     def _doors(self, region: nn.Module) -> None:
         """Taps that are in no plan: they tell of calls outside of a pass."""
