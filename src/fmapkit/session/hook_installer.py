@@ -196,7 +196,8 @@ class HookInstaller:
         if live.current is not None or not frame.f_code.co_argcount:
             return False
         owner: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
-        ours, kind = live.asked.names.by_module, type(owner)
+        kind: Any = type(owner)
+        ours = live.asked.names.by_module
         if kind.__hash__ is not object.__hash__:  # its own code would tell of its call, too
             return any(owner is module for module in ours)
         return issubclass(kind, nn.Module) and owner in ours
