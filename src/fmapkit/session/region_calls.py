@@ -1,74 +1,35 @@
 """A call of a region, from its first hook to its last: read by its plan, or else learned.
 
-How a run is read is a matter of `replay/run.py`; here it is fitted into the pass around it, which
-may be traced.
+By which plan is a matter of `plan_choice.py`, how a run is read, of `replay/run.py`; here it is
+fitted into the pass around it, which may be traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit.missed import Reason, reason
-from fmapkit.paths import Expected, KnownPaths, Sizes
-from fmapkit.provenance import ChannelLabel, Label, buffers_at
+from fmapkit.provenance import Label, buffers_at
 from fmapkit.replay import (
-    InputTruths,
-    Plan,
     ReplayRegion,
     ReplayRegions,
     ReplayRun,
-    Truths,
-    form_of_labels,
-    shape_of,
-    sizes_of,
 )
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.placed_edits import ReplayedEdits
+from fmapkit.session.plan_choice import PlanChoice, PlannedCall
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
-from fmapkit.torchlib.modes import dispatch_mode_count, others_watch
 from fmapkit.torchlib.nested import modules_in, tensors_in
-from fmapkit.torchlib.side_ops import operators_are_counted
-from fmapkit.torchlib.tensor_spec import casts, plain_spec, sharing
-
-_grads: Callable[[], bool] = torch.is_grad_enabled
 
 UNEDITED = (
     "a part of the model took a way through its code that no earlier pass had taken, in which an "
     "edit may have had a place; the next pass is traced"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """A call that is read by a plan: if the region's next one is given the same, it is its twin."""
-
-    origins: (
-        Any  # what its inputs carried (see `form_of_labels`); None where nothing around it is known
-    )
-    state: int  # which the region was in
-    modes: Any  # that it ran in
-    given: Any  # see `plain_spec`
-    known: KnownPaths[Plan]  # the paths of its kind
-    given_sizes: Sizes  # of its inputs
-    sizes: Sizes  # the same, with the numbers that it has read
-    plan: Plan  # by which it is read
-    # Of the path that it is taken to take; None if their numbers were not known.
-    items: list[Any] | None
-    reads: InputTruths | None  # what calls of its form read of their inputs
-    truths: Truths | None  # what it has read
-
-    def reads_the_same(self, region: ReplayRegion, tensors: list[Tensor]) -> bool:
-        """Whether another call of the region, given the like, will read the same of it."""
-        read = region.read(self.reads, tensors, self.given_sizes)
-        return read == (self.truths, self.sizes)
 
 
 class RegionCalls:
@@ -94,103 +55,48 @@ class RegionCalls:
         self._installer = installer
         self._recorder = recorder
         self._paths = live.paths
-        self._taking: _Taken | None = None  # the run that is under way
+        self._choice = PlanChoice(live)
+        self._planned: PlannedCall | None = None  # the call that is under way
         self._region: ReplayRegion | None = None  # whose run it is
         self._placed: ReplayedEdits | None = None  # its edits
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a region begins; the arguments that it is to get instead, None for its own."""
-        tracer = self._live.tracer
+        tracer, choice = self._live.tracer, self._choice
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
         region = self._region = self._regions.of(module)
-        modes = self._modes(region, args, kwargs)
+        modes = choice.modes(region, args, kwargs)
         state = region.attributes.state()
-        latest: _Taken | None = region.take_latest()
+        latest: PlannedCall | None = region.take_latest()
         if latest is not None and latest.modes == modes and latest.state == state:
-            inputs = self._same(region, latest, args, kwargs)
+            inputs = choice.inputs_of_twin(region, latest, args, kwargs)
             if inputs is not None:
-                expected = self._paths.expect(latest.items)
-                self._taking = latest
-                self._start(module, latest.plan, args, kwargs, inputs, expected)
+                self._start(module, latest, args, kwargs, inputs)
                 return None
-        inputs = []
-        origins = given = None
+        given = None
         if tracer is not None and tracer.editor:
             given = tracer.editor.modules.enter_unit(module, args, kwargs)
             args, kwargs = (args, kwargs) if given is None else given
-        tensors = tensors_in(*args, kwargs)
-        if tracer is not None:
-            inputs = [tracer.trace.labels.of(t) for t in tensors]
-            origins = form_of_labels(inputs, self._wants.of)
-        quiet = not others_watch()  # who see our looks, of which a traced pass has more
-        form: Any = (shape_of(args), shape_of(kwargs), quiet and sharing(tensors), origins, modes)
-        sizes = sizes_of(tensors, args, kwargs)
-        if region.kept:
-            form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)
-            of = tracer.trace.labels.channels if tracer is not None else None
-            if of is not None and any(of(t) is not None for _, t in region.kept.leaves()):
-                form = None  # it is of this pass
-        asked = sizes, args, kwargs, inputs
-        if not quiet:
-            return self._recorder.enter(module, None, 0, *asked) or given
-        reads = region.by_form.get((form, state))
-        given_sizes = sizes
-        truths, sizes = region.read(reads, tensors, sizes)
-        known = region.by_kind.get(((form, truths), state))
-        plan = known.plan(sizes) if known is not None else None
-        if known is None or plan is None:
-            return self._recorder.enter(module, form, state, *asked) or given
-        if self._edits and self._edited_inside(plan, inputs):
-            return self._recorder.enter(module, None, 0, *asked) or given
-        items = known.items(sizes)
-        spec = None if region.kept else plain_spec(args, kwargs)
-        told = origins, state, modes, spec, known, given_sizes, sizes, plan, items, reads, truths
-        self._taking = _Taken(*told)
-        self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
-        return given
-
-    def _same(
-        self, region: ReplayRegion, latest: _Taken, args: Any, kwargs: Any
-    ) -> list[Label] | None:
-        """What the inputs of a call carry, if it is the twin of the latest one; else None."""
-        # Others, who would see our looks, are asked for first.
-        if self._edits or others_watch() or latest.given != plain_spec(args, kwargs):
-            return None
-        tracer = self._live.tracer
-        tensors = tensors_in(*args, kwargs) if tracer is not None or latest.truths else []
-        inputs: list[Label] = []
-        origins = None
-        if tracer is not None:
-            inputs = [tracer.trace.labels.of(t) for t in tensors]
-            origins = form_of_labels(inputs, self._wants.of)
-        if latest.origins != origins:
-            return None
-        if latest.truths and not latest.reads_the_same(region, tensors):
-            return None
-        return inputs
-
-    def _modes(self, region: ReplayRegion, args: Any, kwargs: Any) -> Any:
-        """What calls differ by that no argument's form tells."""
-        fusing = region.fusing and region.fusing(tensors_in(*args, kwargs))
-        edits: Any = None
-        if self._edits and self._live.current is not None:
-            edits = self._edits.active(self._live.current.step)
-        counted = bool(dispatch_mode_count()) and operators_are_counted()
-        renamed = self._paths.twins.renamed()
-        return _grads(), counted, casts(), fusing, renamed, edits, *region.form()
+        call = choice.look(region, modes, state, args, kwargs)
+        if call.planned is not None:
+            self._start(module, call.planned, args, kwargs, call.inputs)
+            return given
+        asked = call.form, call.state, call.sizes, args, kwargs, call.inputs
+        return self._recorder.enter(module, *asked) or given
 
     def _start(
         self,
         module: nn.Module,
-        plan: Plan,
+        planned: PlannedCall,
         args: Any,
         kwargs: Any,
         inputs: list[Label],
-        expected: Expected,
     ) -> None:
         """A region is replayed by its plan."""
         live, wants, tracer = self._live, self._wants, self._live.tracer
+        self._planned, plan = planned, planned.plan
+        expected = self._paths.expect(planned.items)
         if self._installer.tapped.get(module) is not plan:
             self._installer.taps(module, plan)
         stop = analyses = base = None
@@ -219,21 +125,13 @@ class RegionCalls:
 
     def _on_path(self, position: int) -> bool:
         """Whether the run has taken so many decisions, and those of its plan's path."""
-        run, taking = self._live.run, self._taking
-        if run is None or taking is None:
+        run, planned = self._live.run, self._planned
+        if run is None or planned is None:
             return False
-        if taking.items is not None:
+        if planned.items is not None:
             return run.expected.at(position)
         items = run.expected.taken()
-        return len(items) == position and taking.known.begun(items, taking.sizes)
-
-    def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
-        """Whether filters that an edit is for reach a nonlinearity inside."""
-        edits = self._edits
-        labels = (inputs[index] for index in plan.effects.claims if index < len(inputs))
-        return any(
-            edits and isinstance(t, ChannelLabel) and edits.of(t.origin.name) for t in labels
-        )
+        return len(items) == position and planned.known.begun(items, planned.sizes)
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the region is about to run; its arguments, if it is to get others."""
@@ -316,8 +214,8 @@ class RegionCalls:
 
     def _check_path(self, run: ReplayRun) -> None:
         """Compare the path that a region's call took with that of its plan."""
-        assert self._taking is not None and self._region is not None
-        known, sizes = self._taking.known, self._taking.sizes
+        assert self._planned is not None and self._region is not None
+        known, sizes = self._planned.known, self._planned.sizes
         items = run.expected.taken()
         cut = self._stop is not None and self._stop.ended
         if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
@@ -328,8 +226,8 @@ class RegionCalls:
             run.lost = "a map has other filters than on inputs of other sizes"
             known.doubt(of_others=False)
         if taken and not run.lost:
-            if self._taking.given is not None and self._taking.items is not None:
-                self._region.took(self._taking)
+            if self._planned.spec is not None and self._planned.items is not None:
+                self._region.took(self._planned)
             return
         if taken and run.failure is not None:
             module, error = run.failure
@@ -339,8 +237,8 @@ class RegionCalls:
 
     def _strayed(self, run: ReplayRun, keeps: bool) -> None:
         """A region's call has taken a way that is not its plan's; `keeps` what was read before."""
-        assert self._taking is not None and self._region is not None
-        known, sizes = self._taking.known, self._taking.sizes
+        assert self._planned is not None and self._region is not None
+        known, sizes = self._planned.known, self._planned.sizes
         items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
         self._region.doubt(of_others=False)
