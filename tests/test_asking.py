@@ -570,3 +570,32 @@ def test_every_error_has_the_same_data_and_survives_a_pickle(error: type[Fmapkit
 
 def test_all_error_classes_are_tried() -> None:
     assert {NotAModuleError, DistributedError, CaptureStateError, NonFiniteError} < set(ERRORS)
+
+
+class _Weights(nn.Module):
+    """Several weights of its own, beside a layer, a norm and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 3))
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.layer(x))
+        return F.linear(F.linear(x, self.w1).relu(), self.w2)
+
+
+def test_a_parameter_that_no_layer_goes_by_is_refused() -> None:
+    model = nn.Sequential(_Weights())
+    names = ["0.layer.weight", "0.layer.bias", "0.norm.weight", "0.norm.bias", "0.w3"]
+    for name in [*names, "0.attention.in_proj_weight", "0.attention.in_proj_bias"]:
+        with pytest.raises(UnknownLayerError, match="matches no module of Sequential"):
+            capture(model, name)
+        with pytest.raises(UnknownLayerError, match="filters names layer"):
+            capture(model, filters={name: [0]})
+    for name in ("0.w1", "0.attention.in_proj", "0.w1[2]", "0.layer.weight[0]"):
+        capture(model, name)
+    with capture(model, "0.w1") as maps, torch.no_grad():
+        model(torch.randn(5, 4))
+    assert maps.layers == ["0.w1"]

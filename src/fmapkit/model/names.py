@@ -283,6 +283,14 @@ class Names:
         part = key.removesuffix("_weight")
         return f"{name}.{part}" if name else part
 
+    def labels_in(self, name: str) -> set[str]:
+        """The labels of layers whose weights are parameters of a module; not of stacked ones."""
+        module = self.by_name[name]
+        if layers.layer_axis(module) is not None:
+            return {name}
+        keys = [key for key in self.parameters_of(module) if not key.endswith("bias")]
+        return {self._of_key(name, module, key, "") for key in keys}
+
     def _weights(self, module: nn.Module) -> list[str]:
         """What may be weights of a module."""
         return [key for key, p in self.parameters_of(module).items() if p.dim() >= 2]

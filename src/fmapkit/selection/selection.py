@@ -354,8 +354,10 @@ def only_a_pass_can_tell(names: Names, label: str) -> bool:
     module, colon, _ = label.partition(":")
     if colon:
         return module in names.by_name or "*" in module
-    owner, _, part = label.partition("[")[0].rpartition(".")
-    if owner not in names.by_name or part == "weight":  # its maps go by the module's own name
+    weight, stacked, _ = label.partition("[")
+    owner, _, part = weight.rpartition(".")
+    if owner not in names.by_name:
         return False
-    keys = names.parameters_of(names.by_name[owner])
-    return any(k in (part, f"{part}_weight") for k in keys)
+    if stacked:
+        return part in names.parameters_of(names.by_name[owner])
+    return label in names.labels_in(owner) - {owner}
