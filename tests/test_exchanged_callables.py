@@ -7,6 +7,7 @@ it tells which one it is: a method of torch's class of tensors, an operator, wha
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import operator
 from collections.abc import Callable, Iterator
@@ -128,3 +129,36 @@ def test_it_overwrites_a_map(before: Any, after: Any, way: str, mode: Any) -> No
         for _, z in _passes(model, before, after, maps):
             assert torch.equal(maps["fc", "preactivation"].tensor, z)
             assert torch.equal(maps["fc", "activation"].tensor, z.relu())
+
+
+class Schemes(nn.Module):
+    """How its layers are called, in lambdas that are defaults of its `__init__`."""
+
+    def __init__(
+        self,
+        first: Any = (lambda module, x: F.relu(module(x))),
+        second: Any = (lambda module, x: F.gelu(module(x))),
+    ) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.b, self.first(self.a, x))
+        return y
+
+
+def test_lambdas_that_are_defaults_record(traced: list[None]) -> None:
+    """They are no part of the function whose defaults they are, in one source with it."""
+    gc.unfreeze()  # no name leads to them
+    model = Schemes()
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(6):
+            if n == 3:
+                traced.clear()
+            x = torch.randn(2, 4)
+            a = F.relu(F.linear(x, model.a.weight, model.a.bias))
+            assert torch.equal(model(x), F.gelu(F.linear(a, model.b.weight, model.b.bias)))
+            assert torch.equal(maps["a"].tensor, a)
+    assert not traced
+    assert not maps.missed

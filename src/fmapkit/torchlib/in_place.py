@@ -31,21 +31,6 @@ except (TypeError, RuntimeError):  # older versions of torch count one tensor at
     _of_many = False
 
 
-def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> bool:
-    """Give a tensor other values, in memory that nobody else has.
-
-    Its version counter counts that, if it has one (`counted`): inference tensors have none. Returns
-    whether that could be; if not, nothing has changed.
-    """
-    if values.stride() != tensor.stride() or values.dtype is not tensor.dtype:
-        return False
-    tensor.data = values
-    if counted:
-        # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
-        _count((tensor,) if _of_many else tensor)
-    return True
-
-
 def is_alone(z: Any, ours: int = 0) -> bool:
     """Whether a tensor may be given other memory without anybody noticing.
 
@@ -145,6 +130,14 @@ _OURS_ALONE = _references(torch.empty(0))
 def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
     """Have a tensor that is alone hold a = σ(z), which `sigma` gives in fresh memory.
 
-    An alias made before still holds z. Returns whether that could be; if not, nothing has changed.
+    An alias made before still holds z. The version counter counts that, if there is one. Returns
+    whether that could be; if not, nothing has changed.
     """
-    return write_apart(z, sigma(), counted=not z.is_inference())
+    values = sigma()
+    if values.stride() != z.stride() or values.dtype is not z.dtype:
+        return False
+    z.data = values
+    if not z.is_inference():
+        # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
+        _count((z,) if _of_many else z)
+    return True

@@ -106,7 +106,8 @@ def _compiled(
 ) -> list[types.CodeType]:
     """The code of an outermost function, and all in it, in order; none if it cannot be compiled.
 
-    It is compiled where it stands: in its classes, on its lines.
+    It is compiled where it stands: in its classes, on its lines. Its defaults and decorators may
+    have code, too.
     """
     inner: ast.stmt = node if not isinstance(node, ast.Lambda) else ast.Expr(node)
     for name in reversed(classes):
@@ -125,15 +126,14 @@ def _compiled(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's code, which was compiled before
-            found: types.CodeType | None = compile(
+            found: types.CodeType = compile(
                 module, like.co_filename, "exec", flags=flags, dont_inherit=True
             )
     except (SyntaxError, ValueError, RecursionError):
         return []
-    for _ in range(len(classes) + 1):
-        inside = found.co_consts if found is not None else ()
-        found = next((c for c in inside if isinstance(c, types.CodeType)), None)
-    return [] if found is None else list(_inside(found))
+    for _ in classes:
+        found = next((c for c in found.co_consts if isinstance(c, types.CodeType)), found)
+    return list(_inside(found))[1:]
 
 
 def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
