@@ -497,6 +497,31 @@ def test_7_after_a_generator_is_closed() -> None:
     assert_nothing_left(before, model)
 
 
+class Sorts(nn.Module):
+    """Leaves a generator behind, whose code runs on after the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.row = nn.Linear(4, 4), [3, 1, 2]
+
+    def rows(self) -> Iterator[list[int]]:
+        yield self.row
+        yield sorted(self.row)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left = self.rows()
+        next(self.left)
+        return torch.relu(self.fc(x))
+
+
+def test_7_a_generator_goes_on_after_the_block() -> None:
+    model = Sorts()
+    with torch.no_grad(), capture(model):
+        for _ in range(3):
+            model(torch.randn(2, 4))
+    assert next(model.left) == [1, 2, 3]
+
+
 # -- 8: activation checkpointing ------------------------------------------------------------------
 
 

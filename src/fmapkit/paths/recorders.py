@@ -245,17 +245,18 @@ def unpacked(append: Callable[[Any], None], given: _T) -> _T:
 
 def keys(append: Callable[[Any], None], given: _T) -> _T:
     """The same where Python makes a dict: it goes by keys, and hands the values on."""
-    return ordered(append, given, pairs=True)
+    return _keys_first(append, given, True)
 
 
-def ordered(append: Callable[[Any], None], given: _T, pairs: bool = False) -> _T:
+def ordered(append: Callable[[Any], None], given: _T) -> _T:
     """The same where it sorts: keys of a mapping differ, so no value is compared."""
+    return _keys_first(append, given, False)
+
+
+def _keys_first(append: Callable[[Any], None], given: _T, pairs: bool) -> _T:
     if append is not _NOTHING:
         found = keys_of(given, pairs)
-        if found is None:
-            elements(append, given)
-        else:
-            append(Fixed(found))
+        elements(append, given) if found is None else append(Fixed(found))
     return given
 
 
