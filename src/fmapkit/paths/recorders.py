@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmapkit.paths.compiled_calls import unseen
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
@@ -46,7 +46,7 @@ twins: set[int] = set()  # the code that calls us, told by its identity: it is k
 _ROWS = frozenset((list, tuple, str, bytes))
 _FLOATS = frozenset((float, np.float64, np.float32, np.float16))
 _BEGIN = frozenset((f"{MARK}enter", f"{MARK}current"))
-_NOTHING: Callable[[Any], None] = deque(maxlen=0).append
+NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 # Methods of containers that are given a place in them, or a key.
 _BY_PLACE = frozenset(
     {
@@ -62,14 +62,14 @@ def enter(site: str) -> Callable[[Any], None]:
     if append is None:
         if when_unrecorded:
             tell_unrecorded(sys._getframe(1))
-        return _NOTHING
+        return NOTHING
     append(site)
     return append
 
 
 def current() -> Callable[[Any], None]:
     """The same of code that has no variable for it."""
-    append: Callable[[Any], None] = append_of(ident(), _NOTHING)
+    append: Callable[[Any], None] = append_of(ident(), NOTHING)
     return append
 
 
@@ -91,7 +91,7 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
             append(given)
         elif kind is bool:
             append(TRUE if given else FALSE)
-        elif append is not _NOTHING:
+        elif append is not NOTHING:
             item_of = ITEM_OF.get(kind) or item_of_class(kind)
             if item_of is not ignore:
                 append(item_of(given))
@@ -103,7 +103,7 @@ def exact(append: Callable[[Any], None], given: _T) -> _T:
     kind = type(given)
     if kind in PLAIN:
         append(given if kind is str else Fixed((given,)))
-    elif kind is not Tensor and append is not _NOTHING:
+    elif kind is not Tensor and append is not NOTHING:
         _append_fixed(append, given, ITEM_OF.get(kind) or item_of_class(kind))
     return given
 
@@ -150,7 +150,7 @@ def _place(append: Callable[[Any], None], at: _T) -> _T:
 def indexed(append: Callable[[Any], None], of: Any) -> Any:
     """A value has an index; the index is looked at by `value`, too."""
     kind = type(of)
-    if kind is Tensor or append is _NOTHING or not picks_by_index(kind) or kind is np.ndarray:
+    if kind is Tensor or append is NOTHING or not picks_by_index(kind) or kind is np.ndarray:
         return of
     return _Indexed(append, of)
 
@@ -169,7 +169,7 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
         append(given)
     elif kind is bool:
         append(TRUE if given else FALSE)
-    elif kind is Tensor or append is _NOTHING:
+    elif kind is Tensor or append is NOTHING:
         pass
     elif kind not in _FLOATS:
         item_of = ITEM_OF.get(kind) or item_of_class(kind)
@@ -186,14 +186,9 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
 
 def entered(append: Callable[[Any], None], given: _T) -> _T:
     """A value becomes what a `with` statement enters: a mode, say."""
-    if append is not _NOTHING:
+    if append is not NOTHING:
         append(item_of_manager(given))
     return given
-
-
-def put(append: Callable[[Any], None], to: Any, given: _T) -> _T:
-    """A value becomes an attribute of a name that torch's own modules decide by."""
-    return value(append, given) if issubclass(type(to), nn.Module) else given
 
 
 def _records(function: Any) -> bool:
@@ -223,7 +218,7 @@ def elements(append: Callable[[Any], None], given: _T) -> _T:
     kind = type(given)
     if kind in PLAIN:
         return exact(append, given)
-    if kind is not Tensor and append is not _NOTHING:
+    if kind is not Tensor and append is not NOTHING:
         _append_fixed(append, given, item_of_elements(kind))
     return given
 
@@ -231,12 +226,12 @@ def elements(append: Callable[[Any], None], given: _T) -> _T:
 def unpacked(append: Callable[[Any], None], given: _T) -> _T:
     """The same where it hands on all: as arguments, say."""
     kind = type(given)
-    if kind is tuple and append is not _NOTHING:
+    if kind is tuple and append is not NOTHING:
         kinds = list(map(type, given))  # type: ignore[call-overload]
         if kinds.count(Tensor) == len(kinds):  # the item that follows below, in C
             append((tuple, *kinds))
             return given
-    if kind is not Tensor and append is not _NOTHING:
+    if kind is not Tensor and append is not NOTHING:
         item_of = item_of_elements(kind)
         if item_of is not ignore:
             append(item_of(given))
@@ -254,7 +249,7 @@ def ordered(append: Callable[[Any], None], given: _T) -> _T:
 
 
 def _keys_first(append: Callable[[Any], None], given: _T, pairs: bool) -> _T:
-    if append is not _NOTHING:
+    if append is not NOTHING:
         found = keys_of(given, pairs)
         elements(append, given) if found is None else append(Fixed(found))
     return given
@@ -266,7 +261,7 @@ def picked(append: Callable[[Any], None], given: Any) -> Any:
     Numbers that follow nothing, as those of a schedule, may be compared in each pass: the one that
     is picked is looked at where it is used.
     """
-    if append is not _NOTHING:
+    if append is not NOTHING:
         contents = contents_of(type(given))
         if contents is not None and not all(type(each) in NUMBERS for each in contents(given)):
             ordered(append, given)
@@ -275,7 +270,7 @@ def picked(append: Callable[[Any], None], given: Any) -> Any:
 
 def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
     """A number becomes a factor of what may be a list: it says how often that is repeated."""
-    if append is _NOTHING or type(row) not in _ROWS:
+    if append is NOTHING or type(row) not in _ROWS:
         return given
     numbers = all(type(each) in PLAIN or type(each) in NUMBERS for each in row)
     return value(append, given) if numbers else exact(append, given)
@@ -283,7 +278,7 @@ def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
 
 def _says_nothing(append: Callable[[Any], None], function: Any) -> bool:
     """Note what code in C is about to call; whether what that gives back needs no look."""
-    if append is _NOTHING or function is None:
+    if append is NOTHING or function is None:
         return True
     called(append, function)
     return issubclass(type(function), type)
@@ -321,7 +316,7 @@ def ranking(append: Callable[[Any], None], function: Any) -> Any:
 
 def called(append: Callable[[Any], None], function: Any) -> Any:
     """A callable is about to be called; what is to be called in its place."""
-    if append is not _NOTHING:
+    if append is not NOTHING:
         kind = type(function)
         if kind is _FUNCTION:  # as `items._function`, in this very call: most are that
             home = function.__module__
@@ -349,7 +344,7 @@ def chosen_method(append: Callable[[Any], None], function: Any) -> Any:
 
 def chosen(append: Callable[[Any], None], function: Any) -> Any:
     """`called`, with arguments by which a container of Python's may pick."""
-    if append is _NOTHING:
+    if append is NOTHING:
         return function
     if type(function) is not _BUILTIN:
         return called(append, function)

@@ -87,6 +87,7 @@ class CallRewriting(ast.NodeTransformer):
         self._fixed = fixed
         self._tapped = tapped  # the places of calls at which a tap may be set
         self._given: set[ast.AST] = set()  # functions that a call is given
+        self._whole: set[ast.AST] = set()  # targets that get a whole value, which is looked at
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
     def _site(self, node: ast.AST) -> ast.Constant:

@@ -19,7 +19,9 @@ from fmapkit.paths.rewriting.calls import APPEND, PYTHON_GOES_BY, CallRewriting,
 from fmapkit.paths.rewriting.library_calls import GIVE_ALL
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
+    MARK,
     OF_TORCHS,
+    SEVERAL,
     is_plain_function,
     jumps_out,
     may_be_asked_for,
@@ -102,18 +104,44 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         """An attribute that torch's own code decides by may get another value in a pass."""
+        if any(isinstance(target, SEVERAL) for target in node.targets):
+            return self.generic_visit(node)
+        self._whole.update(node.targets)
         self.generic_visit(node)
-        targets = [t for target in node.targets for t in ast.walk(target)]
-        put = [t for t in targets if isinstance(t, ast.Attribute) and t.attr in OF_TORCHS]
-        if put == node.targets and isinstance(put[0].value, ast.Name):
-            owner = ast.Name(put[0].value.id, ast.Load())
-            value = self._value(node.value, "put", owner)
-        else:
-            value = self._value(node.value) if put else node.value
-        return ast.copy_location(ast.Assign(node.targets, value), node)
+        put = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr in OF_TORCHS]
+        if not put:
+            return node
+        return ast.copy_location(ast.Assign(node.targets, self._put(put, node.value)), node)
+
+    def _put(self, targets: list[ast.Attribute], value: ast.expr) -> ast.expr:
+        """What becomes attributes of such names, looked at."""
+        owner = targets[0].value
+        if isinstance(value, ast.Constant | ast.Lambda | ast.GeneratorExp):
+            return value
+        if len(targets) > 1 or not isinstance(owner, ast.Name):
+            return self._value(value)
+        to = ast.copy_location(ast.Name(owner.id, ast.Load()), value)
+        called = ast.Call(ast.Name(f"{MARK}put", ast.Load()), [self._append(), value, to], [])
+        looked_at = ast.fix_missing_locations(ast.copy_location(called, value))
+        if isinstance(value, ast.Name):
+            return self._unless_tensor(value.id, value, looked_at)
+        return looked_at
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """What is no target of a plain assignment looks at what it is given itself.
+
+        So it is where a value is unpacked, in a loop, a comprehension or a `with` statement.
+        """
+        self.generic_visit(node)
+        odd = isinstance(node.ctx, ast.Store) and node not in self._whole
+        if not odd or node.attr not in OF_TORCHS:
+            return node
+        owner = recorded("owner", node.value, node.value, self._append())
+        return ast.copy_location(ast.Attribute(owner, node.attr, ast.Store()), node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
+        self._whole.add(node.target)
         self.generic_visit(node)
         if isinstance(node.op, ast.MatMult | ast.Pow):
             self._looked_at(node, "value")
@@ -127,10 +155,14 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         """Annotations are left alone: of locals they are not evaluated."""
-        node.target = self.visit(node.target)
-        if node.value is not None:
-            node.value = self.visit(node.value)
-        return node
+        self._whole.add(node.target)
+        target, value = self.visit(node.target), node.value
+        if value is not None:
+            value = self.visit(value)
+            if isinstance(target, ast.Attribute) and target.attr in OF_TORCHS:
+                value = self._put([target], value)
+        same = ast.AnnAssign(target, node.annotation, value, node.simple)
+        return ast.copy_location(same, node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         """A function marks where it begins, after its docstring."""
