@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.paths.rewriting import make_twins
+from fmapkit.paths.sinks import start, stop
 from tests.test_paths import Turn, hold, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
@@ -179,11 +180,47 @@ def in_a_class(m: Any) -> None:
         m.flat.start_dim, m.flat.end_dim = m.box.axes
 
 
+def in_its_dict(m: Any) -> None:
+    vars(m.flat)["start_dim"] = m.box.axes[0]
+    m.flat.__dict__["end_dim"] = m.box.axes[1]
+
+
+def in_its_dict_by_a_name(m: Any) -> None:
+    own, (first, last) = vars(m.flat), m.box.axes
+    own["start_dim"] = first
+    own["end_dim"] = last
+
+
+def in_its_dict_by_names(m: Any) -> None:
+    for name, value in zip(("start_dim", "end_dim"), m.box.axes, strict=True):
+        vars(m.flat)[name] = value
+
+
+def in_its_dict_unpacked(m: Any) -> None:
+    own = m.flat.__dict__
+    own["start_dim"], own["end_dim"] = m.box.array[:2]
+
+
+def updated(m: Any) -> None:
+    m.flat.__dict__.update(m.box.by_name)
+
+
+def updated_by_a_name(m: Any) -> None:
+    own, new = vars(m.flat), {"start_dim": m.box.axes[0]}
+    own.update(new, end_dim=m.box.axes[1])
+
+
+def updated_in_place(m: Any) -> None:
+    m.flat.__dict__ |= m.box.by_name
+
+
 SETTINGS = [
     *(one_by_one, in_a_row, by_a_name, unpacked, of_a_display, of_a_dict, of_an_array),
     *(of_the_lists_ends, nested, unpacked_twice, in_a_loop, in_a_loop_by_numbers),
     *(annotated, list_comprehension, set_comprehension, dict_comprehension, generator, managed),
     *(managed_one_by_one, added, by_setattr, by_a_lambda, in_a_class),
+    *(in_its_dict, in_its_dict_by_a_name, in_its_dict_by_names, in_its_dict_unpacked),
+    *(updated, updated_by_a_name, updated_in_place),
 ]
 
 
@@ -192,6 +229,7 @@ def _axes(n: int) -> Callable[[Any], None]:
 
     def change(model: Any) -> None:
         model.box.axes, model.box.rows, model.box.array = axes, [axes], np.array([*axes, 9])
+        model.box.by_name = dict(zip(("start_dim", "end_dim"), axes, strict=True))
 
     return change
 
@@ -339,9 +377,66 @@ def _generates(m: Any, log: list[str]) -> None:
     log.append(str(list(rows())))
 
 
+def _elements_in_order(m: Any, log: list[str]) -> None:
+    row: Any = nn.ModuleDict()
+
+    def at(name: str) -> Any:
+        log.append(name)
+        return row if name == "row" else name
+
+    def child(name: str) -> nn.Module:
+        log.append(name)
+        return nn.Identity()
+
+    at("row")[at("a")] = child("value")
+    at("row")[at("b")], at("row")[at("c")] = child("value"), child("value")
+    for at("row")[at("d")] in [child("value")]:
+        log.append("turn")
+    row["e"] = nn.Tanh() if log else child("never")
+    del at("row")[at("a")]
+    row.update({"f": child("value")})
+    m.kept, m.empty = row, nn.Sequential()
+    m.empty.extend(child("value") for _ in range(2))
+    m.empty += [child("value")] if not log else nn.Sequential(child("value"))
+    log += [f"{name} {type(child).__name__}" for name, child in row.items()]
+    log += [f"{len(m.empty)}"]
+
+
+def _no_such_element(m: Any, log: list[str]) -> None:
+    m.row = nn.Sequential(nn.Identity())
+    m.row[3], m.x = nn.Identity(), 2
+
+
+def _no_module(m: Any, log: list[str]) -> None:
+    row = nn.ModuleList([nn.Identity()])
+    row[0], m.x = 3, 2
+
+
+def _no_elements(m: Any, log: list[str]) -> None:
+    number: Any = 3
+    number[log.append("index")] = log.append("value")
+
+
+def _extends_by_none(m: Any, log: list[str]) -> None:
+    nn.Sequential().extend(None)  # type: ignore[arg-type]
+
+
+def _tensors(m: Any, log: list[str]) -> None:
+    h, rows, by_name = torch.zeros(2, 3), [0, 1], {"size": 0}
+    i, y = 1, torch.ones(3)
+    h[0], h[:, i], rows[i], by_name["size"], by_name["y"] = y * 2, 3.0, y, 4, len(rows)
+    h[i] = torch.add(y, 1)
+    rows[0] = y.sum()
+    by_name["size"] = rows[0]
+    h += y
+    rows += [y]
+    log += [str(h.tolist()), str(rows), str(by_name)]
+
+
 ODD = [
     *(_in_order, _unpacks_too_few, _unpacks_too_many, _sets_none, _of_nothing, _of_no_name),
-    *(_deleted, _looks_at_locals, _generates),
+    *(_deleted, _looks_at_locals, _generates, _elements_in_order, _no_such_element, _no_module),
+    *(_no_elements, _extends_by_none, _tensors),
 ]
 
 
@@ -356,14 +451,20 @@ def _outcome(function: Any) -> Any:
         ]
         raised = type(error), str(error), lines[1:]
     told = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    told |= {k: str(v) for k, v in module.named_children()}
     return log, told, raised
 
 
 @pytest.mark.parametrize("function", ODD)
 def test_code_does_what_it_would_do(function: Any) -> None:
-    """Nothing records here: that makes no difference to the code itself."""
+    """Whether it is recorded or not makes no difference to the code itself."""
     bare = _outcome(function)
     code = function.__code__
     twin = make_twins(code, globals(), frozenset(), frozenset())[code]
-    assert twin.code.co_varnames[: code.co_argcount] == code.co_varnames[: code.co_argcount]
     assert _outcome(types.FunctionType(twin.code, globals())) == bare
+    sink = start(lambda tensor: None, ())
+    try:
+        assert _outcome(types.FunctionType(twin.code, globals())) == bare
+        assert sink.items
+    finally:
+        stop()

@@ -1,28 +1,60 @@
-"""Recorders of what code puts into modules while a pass runs.
+"""Recorders of what code puts into modules while a pass runs: settings, classes and children.
 
-Torch's own code decides by it, and does not record: so it is looked at where it is put.
+Torch's own code goes by these, and does not record: so they are looked at where they are put.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-from fmapkit.paths.recorders import NOTHING, value
-from fmapkit.paths.rewriting import OF_TORCHS
+from fmapkit.paths.items import item_of_builtin, other_callable
+from fmapkit.paths.recorders import NOTHING, called, exact, value
+from fmapkit.paths.rewriting import DECIDING
 
 _T = TypeVar("_T")
+_BUILTIN = types.BuiltinFunctionType
+_DECIDE = nn.Module, type  # of these, attributes of some names decide
+_ROWS = frozenset((list, tuple))
 
 
 def put(append: Callable[[Any], None], given: _T, to: Any) -> _T:
     """A value becomes an attribute of a name that torch's own modules decide by."""
-    return value(append, given) if issubclass(type(to), nn.Module) else given
+    return value(append, given) if issubclass(type(to), _DECIDE) else given
+
+
+def child(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes an attribute or an element of what may be a module."""
+    if issubclass(type(given), nn.Module) and append is not NOTHING:
+        append(other_callable(given))
+    return given
+
+
+def children(append: Callable[[Any], None], given: _T) -> _T:
+    """What a value holds is added to what may be a row of modules."""
+    kind: type = type(given)
+    rows: Any = ()
+    if kind in _ROWS:
+        rows = given
+    elif issubclass(kind, nn.Module) and append is not NOTHING:
+        rows = given._modules.values()  # type: ignore[attr-defined]
+    for each in rows:
+        child(append, each)
+    return given
+
+
+def _look(append: Callable[[Any], None], name: Any, given: Any) -> None:
+    if type(name) is str and name in DECIDING:
+        value(append, given)
+    else:
+        child(append, given)
 
 
 class _Owner:
-    """A module that gets attributes, by targets that are given parts of a value, or several."""
+    """What gets attributes by targets that are given parts of a value, or several."""
 
     __slots__ = ("_append", "_to")
     _append: Callable[[Any], None]
@@ -33,8 +65,7 @@ class _Owner:
         _set(self, "_to", to)
 
     def __setattr__(self, name: str, given: Any) -> None:
-        if name in OF_TORCHS:
-            value(self._append, given)
+        _look(self._append, name, given)
         setattr(self._to, name, given)
 
 
@@ -43,6 +74,64 @@ _set = object.__setattr__
 
 def owner(append: Callable[[Any], None], to: Any) -> Any:
     """Something gets an attribute as such a target."""
-    if append is NOTHING or not issubclass(type(to), nn.Module):
+    if append is NOTHING or not issubclass(type(to), _DECIDE):
         return to
     return _Owner(append, to)
+
+
+class _Parent:
+    """What gets elements that are modules, or attributes by a dict of them."""
+
+    __slots__ = ("_append", "_to")
+
+    def __init__(self, append: Callable[[Any], None], to: Any) -> None:
+        self._append = append
+        self._to = to
+
+    def __setitem__(self, at: Any, given: Any) -> None:
+        exact(self._append, at)
+        _look(self._append, at, given)
+        self._to[at] = given
+
+
+def parent(append: Callable[[Any], None], to: Any) -> Any:
+    """Something gets an element, which may be a module."""
+    return _Parent(append, to) if append is not NOTHING and _has_modules(to) else to
+
+
+def _has_modules(given: Any) -> bool:
+    """Whether something is a module, or a dict of children or of a module's attributes."""
+    kind = type(given)
+    if issubclass(kind, dict):
+        if dict.__contains__(given, "_modules"):
+            return True
+        first = next(iter(dict.values(given)), None)
+        return issubclass(type(first), nn.Module)
+    return issubclass(kind, nn.Module)
+
+
+def filled(append: Callable[[Any], None], function: Any) -> Any:
+    """A method that puts elements into something is about to be called, as `append` does."""
+    if append is NOTHING:
+        return function
+    kind = type(function)
+    if kind is _BUILTIN:
+        append(item_of_builtin(function))
+        if function.__name__ != "update" or not _has_modules(function.__self__):
+            return function
+    else:
+        called(append, function)
+        if kind is not types.MethodType or not issubclass(type(function.__self__), nn.Module):
+            return function
+
+    def looked_at(*given: Any, **named: Any) -> Any:
+        return function(*[_elements(append, each) for each in given], **named)
+
+    return looked_at
+
+
+def _elements(append: Callable[[Any], None], given: Any) -> Any:
+    """What a module is given to hold; a generator tells of what it gives as it gives that."""
+    if type(given) is types.GeneratorType:
+        return (child(append, each) for each in given)
+    return value(append, given)

@@ -32,7 +32,7 @@ _TRACED_AS: dict[Any, Any] = {
     **dict.fromkeys((r.elements, r.unpacked, r.keys, r.ordered, r.picked, r.repeated), _last),
     **dict.fromkeys((r.keyed, r.mapped, r.ranked, r.ranking, r.called, r.chosen), _last),
     p.put: lambda append, given, to: given,
-    p.owner: lambda append, to: to,
+    **dict.fromkeys((p.child, p.children, p.owner, p.parent, p.filled), _last),
     **dict.fromkeys((r.method, r.chosen_method, r.tapped, r.fusing, r.entered), _last),
 }
 # By the names that stand for them in a twin before it is finished.

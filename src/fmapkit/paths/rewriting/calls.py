@@ -56,6 +56,8 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 
 # Methods that enter the context manager which they are given.
 _ENTER = {"enter_context", "enter_async_context"}
+# Methods that put what they are given, which is not looked at before, into what may be a module.
+_FILL = {"append", "extend", "update"}
 
 
 class CallRewriting(ast.NodeTransformer):
@@ -72,6 +74,7 @@ class CallRewriting(ast.NodeTransformer):
         self._place = place  # names the function, for its marks
         # The variable that is the module which a method runs of, if there is one.
         self._self = first_argument(node) if fixed else None
+        self._owner = None if place.endswith(":") else first_argument(node)  # the same of any class
         self._rows = rows_bound(node)  # names that may stand for lists and tuples
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to
@@ -295,8 +298,10 @@ class CallRewriting(ast.NodeTransformer):
                 to = None if key.arg else "unpacked"
                 key.value = self._argument(key.value, to, function, builtin, idle)
         callee = node.func
-        if not fixed and of_torch is None and builtin is None:
-            callee = self._callee(callee, "called" if plain else "chosen")
+        fills = isinstance(function, ast.Attribute) and function.attr in _FILL
+        if (fills or not fixed) and of_torch is None and builtin is None:
+            how = "filled" if fills else "called" if plain else "chosen"
+            callee = self._callee(callee, how)
         node.func = replaceable(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
@@ -321,7 +326,7 @@ class CallRewriting(ast.NodeTransformer):
             method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
             looked_at = recorded(how, function, function, self._append())
             return self._unless_tensor(owner.id, method, looked_at)
-        how = "method" if how == "called" else "chosen_method"
+        how = {"called": "method", "chosen": "chosen_method"}.get(how, how)
         return recorded(how, function, function, self._append())
 
     def _is_fixed(self, function: ast.expr) -> bool:

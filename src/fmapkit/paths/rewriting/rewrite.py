@@ -15,13 +15,12 @@ from __future__ import annotations
 import ast
 from typing import Any, TypeVar
 
-from fmapkit.paths.rewriting.calls import APPEND, PYTHON_GOES_BY, CallRewriting, returned_by
+from fmapkit.paths.rewriting.calls import APPEND, PYTHON_GOES_BY, returned_by
 from fmapkit.paths.rewriting.library_calls import GIVE_ALL
+from fmapkit.paths.rewriting.stores import StoreRewriting
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
-    MARK,
-    OF_TORCHS,
-    SEVERAL,
+    DECIDING,
     is_plain_function,
     jumps_out,
     may_be_asked_for,
@@ -31,7 +30,7 @@ from fmapkit.paths.rewriting.torch_calls import recorded
 _Node = TypeVar("_Node", bound=ast.AST)
 
 
-class Rewriter(CallRewriting, ast.NodeTransformer):
+class Rewriter(StoreRewriting, ast.NodeTransformer):
     """Puts recorders into one function."""
 
     _depth = 0  # of functions around the code at hand
@@ -102,43 +101,6 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
             handler.type = None
         return [ast.copy_location(ast.Try(body, [handler], [], []), at)]
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        """An attribute that torch's own code decides by may get another value in a pass."""
-        if any(isinstance(target, SEVERAL) for target in node.targets):
-            return self.generic_visit(node)
-        self._whole.update(node.targets)
-        self.generic_visit(node)
-        put = [t for t in node.targets if isinstance(t, ast.Attribute) and t.attr in OF_TORCHS]
-        if not put:
-            return node
-        return ast.copy_location(ast.Assign(node.targets, self._put(put, node.value)), node)
-
-    def _put(self, targets: list[ast.Attribute], value: ast.expr) -> ast.expr:
-        """What becomes attributes of such names, looked at."""
-        owner = targets[0].value
-        if isinstance(value, ast.Constant | ast.Lambda | ast.GeneratorExp):
-            return value
-        if len(targets) > 1 or not isinstance(owner, ast.Name):
-            return self._value(value)
-        to = ast.copy_location(ast.Name(owner.id, ast.Load()), value)
-        called = ast.Call(ast.Name(f"{MARK}put", ast.Load()), [self._append(), value, to], [])
-        looked_at = ast.fix_missing_locations(ast.copy_location(called, value))
-        if isinstance(value, ast.Name):
-            return self._unless_tensor(value.id, value, looked_at)
-        return looked_at
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """What is no target of a plain assignment looks at what it is given itself.
-
-        So it is where a value is unpacked, in a loop, a comprehension or a `with` statement.
-        """
-        self.generic_visit(node)
-        odd = isinstance(node.ctx, ast.Store) and node not in self._whole
-        if not odd or node.attr not in OF_TORCHS:
-            return node
-        owner = recorded("owner", node.value, node.value, self._append())
-        return ast.copy_location(ast.Attribute(owner, node.attr, ast.Store()), node)
-
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
         self._whole.add(node.target)
@@ -148,21 +110,13 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         elif isinstance(node.op, ast.Mult) and isinstance(node.target, ast.Name):
             if node.target.id in self._rows:
                 node.value = self._repeated(node.target, node.value)
-        if isinstance(node.target, ast.Attribute) and node.target.attr in OF_TORCHS:
+        if isinstance(node.target, ast.Attribute) and node.target.attr in DECIDING:
             value = self._value(node.value)
-            return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
-        return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """Annotations are left alone: of locals they are not evaluated."""
-        self._whole.add(node.target)
-        target, value = self.visit(node.target), node.value
-        if value is not None:
-            value = self.visit(value)
-            if isinstance(target, ast.Attribute) and target.attr in OF_TORCHS:
-                value = self._put([target], value)
-        same = ast.AnnAssign(target, node.annotation, value, node.simple)
-        return ast.copy_location(same, node)
+        elif isinstance(node.op, ast.Add):
+            value = self._more(node.target, node.value)
+        else:
+            return node
+        return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         """A function marks where it begins, after its docstring."""
@@ -294,13 +248,15 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         """An index decides something where Python picks by it."""
         plain = self._is_plain(node.slice)
         self.generic_visit(node)
+        into = self._into(node)
         if isinstance(node.value, ast.Name):
             of = ast.copy_location(ast.Name(node.value.id, ast.Load()), node.value)
-            node.slice = self._value(node.slice, "index", of)
-            return node
+            at = self._value(node.slice, "index", of)
+            return ast.copy_location(ast.Subscript(into, at, node.ctx), node)
         if not plain:
-            node.value = recorded("indexed", node.value, node.value, self._append())
-        return self._looked_at(node, "slice")
+            into = recorded("indexed", into, node.value, self._append())
+        at = self._value(node.slice)
+        return ast.copy_location(ast.Subscript(into, at, node.ctx), node)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """Products may be layers, and powers may be nonlinear: it depends on what is given."""

@@ -21,8 +21,8 @@ OF_TORCHS = frozenset({"training"}).union(
         if isinstance(kind, type) and issubclass(kind, nn.Module)
     )
 )
-# Targets that are given a part of a value, or one after the other.
-SEVERAL = ast.Tuple | ast.List
+# The same, and those that say what children and attributes a module has.
+DECIDING = OF_TORCHS | {"__dict__", "_modules"}
 
 # The functions that comparisons are, by the nodes that stand for them.
 COMPARED: dict[type[ast.cmpop], str] = {
