@@ -1,4 +1,4 @@
-"""Code of the model's exchanges a module of another one while the pass runs.
+"""Code of the model's exchanges a module of another one, or its class, while the pass runs.
 
 What is called then by torch's own code, or by a name that is compared before the pass, leaves no
 mark. So it is looked at where it is put, by whatever syntax. In the fifth pass it is another one.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from tests.test_paths import random
-from tests.test_put_in_the_pass import CHANGED, PASSES, Box, giving
+from tests.test_put_in_the_pass import CHANGED, MODES, PASSES, Box, giving
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
 
@@ -343,3 +343,117 @@ def test_a_child(kind: Any, put: Any) -> None:
                 assert torch.equal(z.tensor, F.linear(x, layer.weight, layer.bias)), n
                 assert z.layer == name, n
     assert lost <= 1
+
+
+# -- classes --------------------------------------------------------------------------------------
+
+
+class Becomes(nn.Module):
+    """Its nonlinearity is of another class in the fifth pass."""
+
+    def __init__(self, put: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.fc, self.act, self.box, self.put = nn.Linear(4, 4), nn.ReLU(), Box(), put
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.put(self)
+        y: Tensor = self.act(self.fc(x))
+        return y
+
+
+def its_class(m: Any) -> None:
+    m.act.__class__ = m.box.kind
+
+
+def its_class_by_a_name(m: Any) -> None:
+    act, kind = m.act, m.box.kind
+    act.__class__ = kind
+
+
+def its_class_unpacked(m: Any) -> None:
+    m.act.__class__, m.box.x = m.box.kind, 1
+
+
+def its_class_in_a_loop(m: Any) -> None:
+    for m.act.__class__ in m.box.kinds:  # noqa: B020
+        pass
+
+
+def its_class_in_a_comprehension(m: Any) -> None:
+    [0 for m.act.__class__ in m.box.kinds]
+
+
+def its_class_managed(m: Any) -> None:
+    with giving(m.box.kind) as m.act.__class__:
+        pass
+
+
+def its_class_annotated(m: Any) -> None:
+    m.act.__class__: type = m.box.kind
+
+
+def its_class_by_setattr(m: Any) -> None:
+    setattr(m.act, "__class__", m.box.kind)  # noqa: B010
+
+
+def its_class_by_object(m: Any) -> None:
+    object.__setattr__(m.act, "__class__", m.box.kind)
+
+
+CLASSES = [
+    *(its_class, its_class_by_a_name, its_class_unpacked, its_class_in_a_loop),
+    *(its_class_in_a_comprehension, its_class_managed, its_class_annotated),
+    *(its_class_by_setattr, its_class_by_object),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("put", CLASSES)
+def test_a_class(put: Any, mode: Any) -> None:
+    model, lost = Becomes(put), 0
+    with mode(), capture(model) as maps:
+        for n in range(PASSES):
+            model.box.kind = nn.SiLU if n == CHANGED else nn.ReLU
+            model.box.kinds = [model.box.kind]
+            x = random(2, 4, n=n)
+            if isinstance(model.act, nn.SiLU):
+                model.act.inplace = False
+            model(x)
+            lost += not maps
+            if maps:
+                z = F.linear(x, model.fc.weight, model.fc.bias)
+                a = maps["fc"]
+                assert a.nonlinearity == ("silu" if n == CHANGED else "relu"), n
+                assert torch.equal(a.tensor, F.silu(z) if n == CHANGED else F.relu(z))
+    assert lost <= 1
+
+
+class Runs(nn.ReLU):
+    """Its class gets another forward in the fifth pass."""
+
+
+def of_the_class(m: Any) -> None:
+    Runs.forward = m.box.forward  # type: ignore[method-assign]
+
+
+def of_the_class_unpacked(m: Any) -> None:
+    Runs.forward, m.box.x = m.box.forward, 1  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("put", [of_the_class, of_the_class_unpacked])
+def test_a_forward_of_a_class(put: Any) -> None:
+    model, lost = Becomes(put), 0
+    model.act = Runs()
+    try:
+        with capture(model) as maps:
+            for n in range(PASSES):
+                kind: Any = nn.SiLU if n == CHANGED else nn.ReLU
+                model.box.forward = kind.forward
+                model(random(2, 4, n=n))
+                lost += not maps
+                if maps:
+                    assert maps["fc"].nonlinearity == ("silu" if n == CHANGED else "relu"), n
+        assert lost <= 1
+    finally:
+        del Runs.forward

@@ -21,8 +21,8 @@ OF_TORCHS = frozenset({"training"}).union(
         if isinstance(kind, type) and issubclass(kind, nn.Module)
     )
 )
-# The same, and those that say what children and attributes a module has.
-DECIDING = OF_TORCHS | {"__dict__", "_modules"}
+# The same, and those by which Python decides what a module is, and what runs as it is called.
+DECIDING = OF_TORCHS | {"__class__", "__dict__", "_modules", "forward"}
 
 # The functions that comparisons are, by the nodes that stand for them.
 COMPARED: dict[type[ast.cmpop], str] = {
