@@ -92,7 +92,7 @@ def operators(model: nn.Module, given: Tensor) -> Counter[str]:
 # What a twin calls at a decision (see `paths/recorders.py`).
 RECORDERS = (
     *("enter", "current", "value", "handed", "picked", "keyed", "called", "chosen", "caught"),
-    *("exact", "index", "indexed", "unpacked", "compared", "filled"),
+    *("exact", "index", "indexed", "unpacked", "compared", "filled", "at"),
 )
 
 

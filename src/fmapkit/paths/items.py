@@ -28,6 +28,8 @@ from torch.autograd import Function
 from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, is_registered, sinks
 from fmapkit.torchlib.caching import remembered
+from fmapkit.torchlib.modes import mode_count
+from fmapkit.torchlib.operators import without_torch_function
 
 PLAIN: frozenset[type] = frozenset(
     {
@@ -347,6 +349,21 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     dict: _dict,
     **dict.fromkeys((set, frozenset, slice), flat),
     nn.Parameter: _tensor,
+}
+
+
+def _form_of(given: Tensor) -> Any:
+    """By which an index makes a view, or a copy, and of which axes: nobody sees us ask."""
+    if mode_count():
+        with without_torch_function():
+            return Fixed((Tensor, given.ndim, given.dtype))
+    return Fixed((Tensor, given.ndim, given.dtype))
+
+
+FORMS: dict[type, Callable[[Any], Any]] = {
+    Tensor: _form_of,
+    nn.Parameter: _form_of,
+    np.ndarray: lambda given: Fixed((np.ndarray, given.ndim, given.dtype.str)),
 }
 
 

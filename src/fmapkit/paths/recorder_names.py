@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit.paths import index_recorders as i
 from fmapkit.paths import put_recorders as p
 from fmapkit.paths import recorders as r
 from fmapkit.paths.items import ignore
@@ -28,7 +29,7 @@ _TRACED_AS: dict[Any, Any] = {
     r.current: lambda: ignore,
     r.caught: lambda site: None,
     r.compared: lambda append, name, left, right: getattr(operator, name)(left, right),
-    **dict.fromkeys((r.value, r.exact, r.index, r.indexed, r.handed, r.resumed), _last),
+    **dict.fromkeys((r.value, r.exact, i.at, i.index, i.indexed, r.handed, r.resumed), _last),
     **dict.fromkeys((r.elements, r.unpacked, r.keys, r.ordered, r.picked, r.repeated), _last),
     **dict.fromkeys((r.keyed, r.mapped, r.ranked, r.ranking, r.called, r.chosen), _last),
     p.put: lambda append, given, to: given,

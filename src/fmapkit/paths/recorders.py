@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fmapkit.paths.compiled_calls import unseen
-from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
+from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
 from fmapkit.paths.items import (
     CALLABLES,
     FALSE,
@@ -113,46 +113,9 @@ def _append_fixed(append: Callable[[Any], None], given: Any, item_of: Any) -> No
         append(Fixed((item_of(given),)))
 
 
-def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
-    """A value becomes an index of something."""
-    kind = type(of)
-    if kind is Tensor or not picks_by_index(kind):
-        return value(append, given)
-    if kind is np.ndarray and not of.dtype.hasobject:
-        return value(append, given)
-    return elements(append, given) if type(given) is np.ndarray else exact(append, given)
-
-
-class _Indexed:
-    """A container, of which one element is asked for, or put in: by which index is looked at."""
-
-    __slots__ = ("_append", "_of")
-
-    def __init__(self, append: Callable[[Any], None], of: Any) -> None:
-        self._append = append
-        self._of = of
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._of[_place(self._append, at)]
-
-    def __setitem__(self, at: Any, given: Any) -> None:
-        self._of[_place(self._append, at)] = given
-
-    def __delitem__(self, at: Any) -> None:
-        del self._of[_place(self._append, at)]
-
-
-def _place(append: Callable[[Any], None], at: _T) -> _T:
+def place(append: Callable[[Any], None], at: _T) -> _T:
     """Where an element is, in code that has looked at it by `value` as well."""
     return at if type(at) is str else exact(append, at)
-
-
-def indexed(append: Callable[[Any], None], of: Any) -> Any:
-    """A value has an index; the index is looked at by `value`, too."""
-    kind = type(of)
-    if kind is Tensor or append is NOTHING or not picks_by_index(kind) or kind is np.ndarray:
-        return of
-    return _Indexed(append, of)
 
 
 def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) -> _T:
@@ -354,7 +317,7 @@ def chosen(append: Callable[[Any], None], function: Any) -> Any:
 
     def looked_at(*given: Any, **named: Any) -> Any:
         if given:
-            _place(append, given[0])
+            place(append, given[0])
         return function(*given, **named)
 
     return looked_at

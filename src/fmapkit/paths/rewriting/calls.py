@@ -56,6 +56,10 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 
 # Methods that enter the context manager which they are given.
 _ENTER = {"enter_context", "enter_async_context"}
+# Functions and methods that are given an index.
+_TAKE = {"__getitem__", "getitem", "itemgetter"}
+# The recorders of indices.
+_INDEX = {"at", "index"}
 # Methods that put what they are given, which is not looked at before, into what may be a module.
 _FILL = {"append", "extend", "update"}
 
@@ -90,6 +94,7 @@ class CallRewriting(ast.NodeTransformer):
         self._fixed = fixed
         self._tapped = tapped  # the places of calls at which a tap may be set
         self._given: set[ast.AST] = set()  # functions that a call is given
+        self._reads = False  # the index at hand is one by which something is read
         self._whole: set[ast.AST] = set()  # targets that get a whole value, which is looked at
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
@@ -152,8 +157,8 @@ class CallRewriting(ast.NodeTransformer):
         """
         if self._identifies(node):
             return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
-        hands_on = how in ("value", "unpacked", "handed")
-        each = "value" if hands_on else "index" if how == "index" else "exact"
+        hands_on = how in ("value", "unpacked", "handed", "at")
+        each = how if how in _INDEX else "value" if hands_on else "exact"
         of = first if each == "index" else ()
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
@@ -168,13 +173,16 @@ class CallRewriting(ast.NodeTransformer):
         if isinstance(node, ast.Slice):
             return self._looked_at(node, "lower", "upper", "step", how=how, first=first)
         if isinstance(node, ast.Starred):
-            return self._looked_at(node, "value", how="unpacked" if hands_on else "elements")
+            self._looked_at(node, "value", how="unpacked" if hands_on else "elements")
+            return self._looked_at(node, "value", how="at") if how in _INDEX else node
         looked_at = recorded(how, node, node, self._append(), *first)
         if isinstance(node, ast.Name):
             if node.id == self._self:
                 return node  # whose method runs is told by the call
             if how in ("value", "handed") and self._quick:
                 looked_at = self._unless_none(node.id, looked_at)
+            if how in _INDEX and self._reads:
+                return looked_at  # by which tensor, too
             same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
             return self._unless_tensor(node.id, same, looked_at)
         return looked_at
@@ -312,10 +320,14 @@ class CallRewriting(ast.NodeTransformer):
         owner = to.value if isinstance(to, ast.Attribute) else to
         if how is None and (torchs in FLOATS_ARE_IDLE or torchs in ONLY_ZERO_DECIDES):
             return self._value(node, "handed", ast.Constant(None), ast.Constant(torchs))
-        if not (how or builtin or torchs) and isinstance(owner, ast.Name):
+        takes = getattr(to, "attr", getattr(to, "id", None)) in _TAKE
+        if not (how or builtin or torchs or takes) and isinstance(owner, ast.Name):
             at = ast.Name(owner.id, ast.Load()), ast.Constant(getattr(to, "attr", None))
             return self._value(node, "handed", *at)
-        return self._value(node, how or "value")
+        looked_at = self._value(node, how or "value")
+        if not takes or isinstance(node, ast.Constant | ast.Starred):
+            return looked_at
+        return recorded("at", looked_at, node, self._append())
 
     def _callee(self, function: ast.expr, how: str) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""

@@ -249,13 +249,15 @@ class Rewriter(StoreRewriting, ast.NodeTransformer):
         plain = self._is_plain(node.slice)
         self.generic_visit(node)
         into = self._into(node)
+        self._reads = isinstance(node.ctx, ast.Load)
         if isinstance(node.value, ast.Name):
             of = ast.copy_location(ast.Name(node.value.id, ast.Load()), node.value)
             at = self._value(node.slice, "index", of)
-            return ast.copy_location(ast.Subscript(into, at, node.ctx), node)
-        if not plain:
-            into = recorded("indexed", into, node.value, self._append())
-        at = self._value(node.slice)
+        else:
+            if not plain:
+                into = recorded("indexed", into, node.value, self._append())
+            at = self._value(node.slice, "at" if self._reads else "value")
+        self._reads = False
         return ast.copy_location(ast.Subscript(into, at, node.ctx), node)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
