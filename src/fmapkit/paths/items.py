@@ -49,7 +49,6 @@ _METHODS_IN_C = types.MethodDescriptorType, types.WrapperDescriptorType
 _OPERATORS = type(torch.ops.aten.neg), type(torch.ops.aten.neg.default)
 TRUE, FALSE = f"{MARK}True", f"{MARK}False"
 _NO_KEYS = (dict,)
-_SETTINGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
 _YES, _NO = (bool, True), (bool, False)
 
 # What of the attributes of a module that no guard looks at is compared.
@@ -129,10 +128,6 @@ def _member(given: Any) -> Any:
     """A member of an enumeration; of flags that are set together, the name may be None."""
     own = object.__getattribute__(given, "__dict__")
     return _name_of(type(given)), own.get("_name_"), flat(own.get("_value_"), depth=1)
-
-
-class Manager:
-    """What items of context managers begin with."""
 
 
 def ignore(_: Any) -> None:
@@ -306,19 +301,6 @@ def _condition(module: nn.Module) -> Any:
         if sink is not None:
             sink.met(type(part))
     return Fixed(tuple(found))
-
-
-def item_of_manager(given: Any) -> Any:
-    """A context manager: its class, and of torch's own its settings.
-
-    The code of a model's own records what it does.
-    """
-    kind = type(given)
-    if not str(kind.__module__).startswith("torch."):
-        return Manager, class_of(kind)
-    own = object.__getattribute__(given, "__dict__")
-    told = {n: v for n, v in own.items() if type(v) in _SETTINGS and not n.startswith("prev")}
-    return Manager, kind, *told.items()
 
 
 def class_of(given: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fmapkit.paths.compiled_calls import unseen
@@ -27,11 +28,11 @@ from fmapkit.paths.items import (
     PLAIN,
     TRUE,
     Fixed,
+    class_of,
     function_at,
     ignore,
     item_of_builtin,
     item_of_class,
-    item_of_manager,
     other_callable,
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
@@ -43,6 +44,7 @@ _T = TypeVar("_T")
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
+_SETTINGS = frozenset({bool, str, type(None), torch.dtype, torch.device})
 _ROWS = frozenset((list, tuple, str, bytes))
 _FLOATS = frozenset((float, np.float64, np.float32, np.float16))
 _BEGIN = frozenset((f"{MARK}enter", f"{MARK}current"))
@@ -54,6 +56,10 @@ _BY_PLACE = frozenset(
         *("rotate", "setdefault"),
     }
 )
+
+
+class Manager:
+    """What items of context managers begin with."""
 
 
 def enter(site: str) -> Callable[[Any], None]:
@@ -148,9 +154,18 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
 
 
 def entered(append: Callable[[Any], None], given: _T) -> _T:
-    """A value becomes what a `with` statement enters: a mode, say."""
+    """A value becomes what a `with` statement enters: a mode, say.
+
+    Of torch's own, the settings tell, and the code of a model's own records what it does.
+    """
     if append is not NOTHING:
-        append(item_of_manager(given))
+        kind = type(given)
+        if not str(kind.__module__).startswith("torch."):
+            append((Manager, class_of(kind)))
+            return given
+        own = object.__getattribute__(given, "__dict__")
+        told = {n: v for n, v in own.items() if type(v) in _SETTINGS and not n.startswith("prev")}
+        append((Manager, kind, *told.items()))
     return given
 
 
