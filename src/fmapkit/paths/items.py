@@ -83,7 +83,7 @@ class Fixed(tuple[Any, ...]):
 def item_of_class(kind: type) -> Callable[[Any], Any]:
     """What makes an item of values of a class that is none of those named here."""
     if issubclass(kind, Tensor):
-        return _tensor
+        return tensor_item
     if issubclass(kind, enum.Enum):
         return _member
     for plain in (int, float, str, bytes):
@@ -134,7 +134,7 @@ def ignore(_: Any) -> None:
     """Nothing is recorded: what becomes of it is, where it decides something."""
 
 
-def _tensor(given: Any) -> Any:
+def tensor_item(given: Any) -> Any:
     """Whose parameter a tensor is; its type, if it is none."""
     sink = sinks.get(ident())
     place = sink.place_of(given) if sink is not None else None
@@ -226,7 +226,7 @@ def item_of_builtin(function: Any) -> Any:
     if owner in _SHARED or issubclass(owner, type):
         return function
     if issubclass(owner, Tensor):
-        return _tensor(function.__self__), function.__name__
+        return tensor_item(function.__self__), function.__name__
     return function.__name__
 
 
@@ -330,7 +330,7 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     list: row,
     dict: _dict,
     **dict.fromkeys((set, frozenset, slice), flat),
-    nn.Parameter: _tensor,
+    nn.Parameter: tensor_item,
 }
 
 

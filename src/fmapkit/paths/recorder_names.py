@@ -29,7 +29,9 @@ _TRACED_AS: dict[Any, Any] = {
     r.current: lambda: ignore,
     r.caught: lambda site: None,
     r.compared: lambda append, name, left, right: getattr(operator, name)(left, right),
-    **dict.fromkeys((r.value, r.exact, i.at, i.index, i.indexed, r.handed, r.resumed), _last),
+    **dict.fromkeys(
+        (r.value, r.exact, r.parameter, i.at, i.index, i.indexed, r.handed, r.resumed), _last
+    ),
     **dict.fromkeys((r.elements, r.unpacked, r.keys, r.ordered, r.picked, r.repeated), _last),
     **dict.fromkeys((r.keyed, r.mapped, r.ranked, r.ranking, r.called, r.chosen), _last),
     p.put: lambda append, given, to: given,

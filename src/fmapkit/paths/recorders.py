@@ -34,6 +34,7 @@ from fmapkit.paths.items import (
     item_of_builtin,
     item_of_class,
     other_callable,
+    tensor_item,
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident, tell_unrecorded, when_unrecorded
@@ -101,6 +102,14 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
             item_of = ITEM_OF.get(kind) or item_of_class(kind)
             if item_of is not ignore:
                 append(item_of(given))
+    return given
+
+
+def parameter(append: Callable[[Any], None], given: _T) -> _T:
+    """An attribute of what is not compared becomes an operand: it may be a parameter."""
+    kind = type(given)
+    if kind is not Tensor and issubclass(kind, Tensor) and append is not NOTHING:
+        append(tensor_item(given))
     return given
 
 

@@ -95,6 +95,8 @@ class CallRewriting(ast.NodeTransformer):
         self._tapped = tapped  # the places of calls at which a tap may be set
         self._given: set[ast.AST] = set()  # functions that a call is given
         self._reads = False  # the index at hand is one by which something is read
+        self._operands: set[ast.AST] = set()  # what operators are given
+        self._told: set[ast.AST] = set()  # recorders of what may be a parameter
         self._whole: set[ast.AST] = set()  # targets that get a whole value, which is looked at
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
@@ -157,6 +159,8 @@ class CallRewriting(ast.NodeTransformer):
         """
         if self._identifies(node):
             return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
+        if isinstance(node, ast.Call) and node in self._told:
+            node = node.args[-1]  # whose parameter it is, is told below
         hands_on = how in ("value", "unpacked", "handed", "at")
         each = how if how in _INDEX else "value" if hands_on else "exact"
         of = first if each == "index" else ()
@@ -286,6 +290,7 @@ class CallRewriting(ast.NodeTransformer):
         self._given.update(a for a in node.args if isinstance(a, ast.Lambda))
         self._given.update(k.value for k in node.keywords if isinstance(k.value, ast.Lambda))
         self._before_hand_on(node, found)
+        self._whole.add(function)
         plain = all(map(self._is_plain, node.args[:1]))
         self.generic_visit(node)
         self._hand_on(node, found)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fmapkit.paths.rewriting.calls import APPEND, PYTHON_GOES_BY, returned_by
 from fmapkit.paths.rewriting.library_calls import GIVE_ALL
-from fmapkit.paths.rewriting.stores import StoreRewriting
+from fmapkit.paths.rewriting.stores import StoreRewriting, names_parameter
 from fmapkit.paths.rewriting.syntax import (
     COMPARED,
     DECIDING,
@@ -104,6 +104,7 @@ class Rewriter(StoreRewriting, ast.NodeTransformer):
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
         self._whole.add(node.target)
+        self._operands.add(node.value)
         self.generic_visit(node)
         if isinstance(node.op, ast.MatMult | ast.Pow):
             self._looked_at(node, "value")
@@ -258,10 +259,14 @@ class Rewriter(StoreRewriting, ast.NodeTransformer):
                 into = recorded("indexed", into, node.value, self._append())
             at = self._value(node.slice, "at" if self._reads else "value")
         self._reads = False
-        return ast.copy_location(ast.Subscript(into, at, node.ctx), node)
+        found = ast.copy_location(ast.Subscript(into, at, node.ctx), node)
+        return (
+            self._whose(found) if isinstance(node.ctx, ast.Load) and names_parameter(at) else found
+        )
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """Products may be layers, and powers may be nonlinear: it depends on what is given."""
+        self._operands.update((node.left, node.right))
         self.generic_visit(node)
         if isinstance(node.op, ast.MatMult):
             self._looked_at(node, "left", "right")

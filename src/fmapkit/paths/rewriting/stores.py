@@ -20,7 +20,10 @@ _OPEN = (
     *(ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.IfExp, ast.BoolOp, ast.NamedExpr),
     *(ast.Yield, ast.YieldFrom, ast.Await),
 )
-_OF_TENSORS = {"T", "data", "device", "dtype", "grad", "mT", "ndim", "shape"}
+# Attributes that parameters are, as a rule; and that turn a parameter into another tensor.
+_PARAMETERS = {"bias", "weight"}
+_TURNED = {"H", "T", "data", "mH", "mT"}
+_OF_TENSORS = _TURNED | {"device", "dtype", "grad", "ndim", "shape"}
 
 
 class StoreRewriting(CallRewriting, ast.NodeTransformer):
@@ -78,12 +81,55 @@ class StoreRewriting(CallRewriting, ast.NodeTransformer):
         return self._if_no_tensor(value, called)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """Such a target."""
+        """Such a target; or what may be a parameter, of something that is not compared."""
+        turned = isinstance(node.ctx, ast.Load) and node.attr in _TURNED
+        if turned:
+            self._operands.add(node.value)
         self.generic_visit(node)
-        if not isinstance(node.ctx, ast.Store) or node in self._whole or not self._may_hold(node):
+        if node in self._whole:
+            return node
+        if isinstance(node.ctx, ast.Load):
+            if turned and isinstance(node.value, ast.Name):
+                return self._turned(node, node.value)
+            may_be = node.attr in _PARAMETERS or node in self._operands
+            if not may_be or node.attr in _OF_TENSORS or self._is_compared(node.value):
+                return node
+            return self._whose(node)
+        if not isinstance(node.ctx, ast.Store) or not self._may_hold(node):
             return node
         owner = recorded("owner", node.value, node.value, self._append())
         return ast.copy_location(ast.Attribute(owner, node.attr, ast.Store()), node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """So may be what `getattr` gives."""
+        named = self._builtin(node.func) == "getattr" and any(map(names_parameter, node.args[1:2]))
+        found: Any = super().visit_Call(node)
+        return self._whose(found) if named else found
+
+    def _as_it_is(self, node: ast.pattern) -> ast.AST:
+        """No call may stand in a pattern."""
+        return node
+
+    visit_MatchValue = visit_MatchMapping = visit_MatchClass = _as_it_is  # noqa: N815
+
+    def _turned(self, node: ast.Attribute, of: ast.Name) -> ast.expr:
+        value = self._if_no_tensor(of, recorded("parameter", of, of, self._append()))
+        same = ast.Attribute(of if of.id == self._self else value, node.attr, ast.Load())
+        return ast.copy_location(same, node)
+
+    def _is_compared(self, owner: ast.expr) -> bool:
+        """Whether what has an attribute is the module at hand, or a child of it that it has yet."""
+        if isinstance(owner, ast.Subscript) and isinstance(owner.slice, ast.Constant):
+            owner = owner.value
+        if isinstance(owner, ast.Attribute) and owner.attr in self._fixed:
+            owner = owner.value
+        return isinstance(owner, ast.Name) and owner.id == self._self
+
+    def _whose(self, node: ast.expr) -> ast.expr:
+        """A look at whose parameter a value is, if it is one."""
+        looked_at = recorded("parameter", node, node, self._append())
+        self._told.add(looked_at)
+        return looked_at
 
     def _into(self, node: ast.Subscript) -> ast.expr:
         """What gets an element, and looks at that; the same as a target that is looked at."""
@@ -142,6 +188,11 @@ class StoreRewriting(CallRewriting, ast.NodeTransformer):
         if isinstance(node, ast.Name):
             return self._unless_tensor(node.id, node, looked_at)
         return looked_at
+
+
+def names_parameter(index: ast.expr) -> bool:
+    """Whether an index is a name that parameters have, as a rule."""
+    return isinstance(index, ast.Constant) and index.value in _PARAMETERS
 
 
 def _in_a_name(target: ast.expr) -> bool:
