@@ -192,6 +192,18 @@ def updated_in_place(m: Any) -> None:
     m.seq._modules |= m.box.by_name
 
 
+def emptied_and_updated(m: Any) -> None:
+    modules, own = m.seq._modules, {"0": m.seq[0], **m.box.by_name}
+    modules.clear()
+    modules.update(own.items())
+
+
+def emptied_and_put(m: Any) -> None:
+    modules = m.seq._modules
+    modules.clear()
+    modules["1"] = m.box.layer
+
+
 def another_dict(m: Any) -> None:
     m.seq._modules = {"0": m.seq[0], **m.box.by_name}
 
@@ -218,7 +230,16 @@ IN_A_ROW = [
     *(extended_by_a_list, inserted, unpacked, unpacked_of_a_dict, in_a_loop, in_a_comprehension),
     *(managed, annotated, of_a_name, added, registered, by_its_method, by_an_operator),
     *(in_its_dict, in_its_dict_by_name, in_its_dict_by_a_name, updated, updated_by_a_dict),
-    *(updated_in_place, another_dict, of_its_own_dict, mapped, a_row_of_its_own, a_row_of_others),
+    *(
+        updated_in_place,
+        emptied_and_updated,
+        emptied_and_put,
+        another_dict,
+        of_its_own_dict,
+        mapped,
+        a_row_of_its_own,
+        a_row_of_others,
+    ),
 ]
 
 

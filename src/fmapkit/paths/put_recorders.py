@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fmapkit.paths.elements import contents_of
 from fmapkit.paths.items import item_of_builtin, other_callable
 from fmapkit.paths.recorders import NOTHING, called, exact, value
 from fmapkit.paths.rewriting import DECIDING
@@ -100,14 +101,13 @@ def parent(append: Callable[[Any], None], to: Any) -> Any:
 
 
 def _has_modules(given: Any) -> bool:
-    """Whether something is a module, or a dict of children or of a module's attributes."""
+    """Whether something is a module, or may be a dict of children, or of a module's attributes."""
     kind = type(given)
-    if issubclass(kind, dict):
-        if dict.__contains__(given, "_modules"):
-            return True
-        first = next(iter(dict.values(given)), None)
-        return issubclass(type(first), nn.Module)
-    return issubclass(kind, nn.Module)
+    if not issubclass(kind, dict):
+        return issubclass(kind, nn.Module)
+    if not given or dict.__contains__(given, "_modules"):
+        return True
+    return issubclass(type(next(iter(dict.values(given)))), nn.Module)
 
 
 def filled(append: Callable[[Any], None], function: Any) -> Any:
@@ -132,6 +132,13 @@ def filled(append: Callable[[Any], None], function: Any) -> Any:
 
 def _elements(append: Callable[[Any], None], given: Any) -> Any:
     """What a module is given to hold; a generator tells of what it gives as it gives that."""
-    if type(given) is types.GeneratorType:
+    kind = type(given)
+    if kind is types.GeneratorType:
         return (child(append, each) for each in given)
-    return value(append, given)
+    contents = contents_of(kind)
+    if contents is None or issubclass(kind, nn.Module):
+        return value(append, given)
+    for each in contents(given):
+        named = each if type(each) is tuple and len(each) == 2 else (None, each)
+        _look(append, *named)
+    return given
