@@ -49,6 +49,10 @@ class Reason(Enum):
     )
     SCRIPTED = "it is scripted: torch runs it without Python, unseen by hooks"
     SCRIPTED_FUNCTION = "it calls {function}, which is scripted: unseen by Python"
+    COMPILED_FUNCTION = (
+        "it calls {function}, which torch runs as it compiles it: what runs inside is unseen by "
+        "hooks"
+    )
     CUDA_GRAPH = (
         "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run "
         "without Python"
@@ -190,10 +194,6 @@ class Reason(Enum):
     COMPILED_UNREADABLY = (
         "it is compiled by torch.compile in a way that fmapkit cannot look into ({why}): hooks "
         "never run in code that is compiled already"
-    )
-    COMPILED_FUNCTION = (
-        "it calls {function}, which torch.compile has compiled: what runs in there is not seen; "
-        "compile the captured model as a whole, or leave that function eager while it is captured"
     )
     COMPILED_IN_THE_BLOCK = (
         "it was compiled inside the block: its first call, which compiles it, is not captured, and "

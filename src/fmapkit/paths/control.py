@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,6 +120,12 @@ class ControlPaths:
         if self._records:
             self._items, self._records = [], False
             sinks.stop()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """What runs here is no part of the pass, and is not surveyed."""
+        with sinks.unrecorded(), self._survey.away() if self._survey else nullcontext():
+            yield
 
     # -- a call that is traced ----------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from fmapkit.paths.compiled_calls import unseen
+from fmapkit.paths import compiled_calls
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
 from fmapkit.paths.items import (
     CALLABLES,
@@ -38,6 +39,8 @@ from fmapkit.paths.items import (
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident, tell_unrecorded, when_unrecorded
+from fmapkit.torchlib import apart
+from fmapkit.torchlib.compiled_modules import is_optimized_type
 from fmapkit.torchlib.fused.paths import instead_of
 
 _T = TypeVar("_T")
@@ -263,26 +266,24 @@ def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
     return value(append, given) if numbers else exact(append, given)
 
 
-def _says_nothing(append: Callable[[Any], None], function: Any) -> bool:
-    """Note what code in C is about to call; whether what that gives back needs no look."""
+def _looked_at(append: Callable[[Any], None], function: Any, how: Callable[..., Any]) -> Any:
+    """Note what code in C is about to call; what that gives back is looked at by `how`."""
     if append is NOTHING or function is None:
-        return True
-    called(append, function)
-    return issubclass(type(function), type)
+        return function
+    function = called(append, function)
+    if issubclass(type(function), type):
+        return function
+    return lambda *given: how(append, *given, function(*given))
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
     """A function becomes what code in C calls, and goes by."""
-    if _says_nothing(append, function):
-        return function
-    return lambda *given: exact(append, function(*given))
+    return _looked_at(append, function, lambda append, *given: exact(append, given[-1]))
 
 
 def mapped(append: Callable[[Any], None], function: Any) -> Any:
     """The same where it hands on what the function gives back."""
-    if _says_nothing(append, function):
-        return function
-    return lambda *given: value(append, function(*given))
+    return _looked_at(append, function, lambda append, *given: value(append, given[-1]))
 
 
 def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
@@ -296,9 +297,7 @@ def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
 
 def ranking(append: Callable[[Any], None], function: Any) -> Any:
     """A function becomes what something is sorted by."""
-    if _says_nothing(append, function):
-        return function
-    return lambda given: ranked(append, given, function(given))
+    return _looked_at(append, function, ranked)
 
 
 def called(append: Callable[[Any], None], function: Any) -> Any:
@@ -311,7 +310,9 @@ def called(append: Callable[[Any], None], function: Any) -> Any:
             append(function if torchs else function.__qualname__)
         else:
             append((CALLABLES.get(kind) or other_callable)(function))
-        return unseen(function, kind)
+            if issubclass(kind, Module) and not is_optimized_type(kind):
+                return function
+        return compiled_calls.instead_of(function, kind)
     return function
 
 
@@ -359,8 +360,8 @@ def tapped(site: str, function: Any) -> Any:
 
 
 def fusing(function: Any) -> Any:
-    """A function is about to be called by which torch may fuse layers (see `FUSING_CALLS`)."""
-    return instead_of(function)
+    """A function is about to be called by which torch may fuse layers, or that runs apart."""
+    return apart.instead_of(instead_of(function))
 
 
 def caught(site: str) -> None:

@@ -12,7 +12,8 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,18 @@ class Survey:
                 sys.setprofile(None)
             else:
                 self.complete = False
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Look away for a while."""
+        on = self._on and sys.getprofile() == self._see
+        if on:
+            sys.setprofile(None)
+        try:
+            yield
+        finally:
+            if on:
+                sys.setprofile(self._see)
 
     @not_compiled
     def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:

@@ -26,6 +26,7 @@ from fmapkit.provenance.vocabulary import (
     WRITES,
     words,
 )
+from fmapkit.torchlib.apart import runs_apart
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import mutated, namespace_of, operators_of
 
@@ -54,6 +55,7 @@ class Function:
     on_lists: bool = False  # it stands for as many calls as there are tensors in a list
     # Arguments that an operator writes to by what it says itself, of no such name.
     mutates: tuple[tuple[int, str], ...] = ()
+    higher_order: bool = False  # it is an operator that is given code to run
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
@@ -175,6 +177,7 @@ def _describe(function: Any) -> Function:
         fresh=name in FRESH,
         on_lists=name.startswith(ON_LISTS),
         mutates=mutates,
+        higher_order=runs_apart(function),
     )
 
 

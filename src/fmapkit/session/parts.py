@@ -13,6 +13,7 @@ from fmapkit.instrumentation import Hooks
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths
 from fmapkit.replay import ReplayRegions
+from fmapkit.session.apart import ApartCalls
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.fused_paths import FusedPaths
 from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
@@ -57,3 +58,4 @@ class SessionParts:
         # Runs modules by their fused paths.
         self.fused = FusedPaths(live, hooks, lambda *told: callbacks().fault(*told))
         self.unseen = UnseenCalls(asked, misses)  # names what runs outside of passes
+        self.apart = ApartCalls(live, self.unseen)  # looks away from what runs apart

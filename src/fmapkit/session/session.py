@@ -24,6 +24,7 @@ from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.session.resting import EndedBlock, RestingSession, is_wayward
 from fmapkit.storage import Budget
+from fmapkit.torchlib.apart import look_on, look_on_no_more
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
 
@@ -88,6 +89,7 @@ class Session:
         watch = self.passes.watch
         quiet = watch.settled()
         tell(self.calls.scripted)
+        look_on(self.parts.apart)
         self.parts.installer.on_model()
         self.parts.installer.listen()
         self._methods.stand()
@@ -104,6 +106,7 @@ class Session:
         left(self.passes)
         self._methods.leave()
         tell_no_more(self.calls.scripted)
+        look_on_no_more(self.parts.apart)
         self.passes.abandon()
         self.parts.installer.listen_no_more()
         self.compiled.close()
@@ -152,6 +155,7 @@ class Session:
         left(self.passes)
         self.parts.installer.listen_no_more()
         tell_no_more(self.calls.scripted)
+        look_on_no_more(self.parts.apart)
         show_to_scripting()
         self.compiled.rest()
         functions = self.parts.paths.twins.rest()
@@ -176,6 +180,7 @@ class Session:
         self.parts.paths.twins.wake(rest.functions)
         hide_from_scripting()
         tell(self.calls.scripted)
+        look_on(self.parts.apart)
         self.compiled.wake()
         if quiet:
             watch.count_from_here()

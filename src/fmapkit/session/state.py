@@ -7,6 +7,8 @@ modes is kept here: it is there only while it has something to see.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +151,25 @@ class PassState:
         if self._functions is not None and function_state() != self._functions:
             set_function_state(self._functions)
         self._functions = None
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """What runs here is none of the pass: no hook, tap or twin notes it.
+
+        The modes are a matter of whoever asks for it.
+        """
+        thread = self.thread
+        with ExitStack() as stack:
+            if self.tracer is not None:
+                stack.enter_context(self.tracer.trace.away())
+            stack.enter_context(self.paths.away())
+            if self.run is not None:
+                stack.enter_context(self.run.paused())
+            self.thread = 0  # hooks leave other threads alone
+            try:
+                yield
+            finally:
+                self.thread = thread
 
     # -- hooks of others that only move data, as tensor parallel sets (see `torchlib/sharded.py`) --
 

@@ -98,9 +98,19 @@ class UnseenCalls:
 
     def scripted_call(self, function: str) -> None:
         """A scripted function is called in a pass: name it, at the module that it runs in."""
-        inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
-        if inside and isinstance(inside[-1], torch.jit.ScriptModule):
-            self._misses.add(self._names.of(inside[-1]), Reason.SCRIPTED.text())
+        running = self._running()
+        if isinstance(running, torch.jit.ScriptModule):
+            self._misses.add(self._names.of(running), Reason.SCRIPTED.text())
             return
         reason = Reason.SCRIPTED_FUNCTION.text(function=function)
-        self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)
+        self._misses.add(self._names.of(running), reason)
+
+    def compiled_call(self, function: str) -> None:
+        """A function is called in a pass that torch.compile runs: the same."""
+        reason = Reason.COMPILED_FUNCTION.text(function=function)
+        self._misses.add(self._names.of(self._running()), reason)
+
+    def _running(self) -> nn.Module:
+        """The innermost module of the model's that runs."""
+        inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
+        return inside[-1] if inside else self._model

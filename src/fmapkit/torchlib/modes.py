@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,30 +85,38 @@ def without_modes() -> Iterator[None]:
             push_mode(mode)
 
 
+# Called with the frame of whoever asks whether a mode of ours is of some other kind.
+when_asked: list[Callable[[FrameType], None]] = []
+
+
 class ObserverMode(TorchFunctionMode):
-    """One of ours: without capture, it would not be there."""
+    """One of ours: without capture, it would not be there.
 
-    def steps_aside(self, function: Any, args: Any, kwargs: Any) -> None:
-        """A function is about to run without it: dynamo would compile our code into that."""
+    torch looks through the stack for modes of its own before it does what ours would be in the way
+    of (see `torchlib/apart.py`). `isinstance` asks for the attribute then.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[ObserverMode]:
+        for tell in when_asked:
+            tell(sys._getframe(1))
+        return type(self)
 
 
-def run_unseen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function as if no mode of ours were on torch's stack; each is told."""
-    modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    ours = [mode for mode in modes if isinstance(mode, ObserverMode)]
-    if not ours:
-        return function(*args, **kwargs)
-    for mode in ours:
-        mode.steps_aside(function, args, kwargs)
-    with without_modes():
+@contextmanager
+def without_ours() -> Iterator[None]:
+    """Torch's stack of function modes without those of ours; in the end it is what it was."""
+    modes = [pop_mode() for _ in range(mode_count())][::-1]
+    for mode in modes:
+        if not isinstance(mode, ObserverMode):
+            push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in range(mode_count()):
+            pop_mode()
         for mode in modes:
-            if mode not in ours:
-                push_mode(mode)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            for _ in range(len(modes) - len(ours)):
-                pop_mode()
+            push_mode(mode)
 
 
 def all_ours() -> bool:

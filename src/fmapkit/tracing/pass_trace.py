@@ -7,7 +7,8 @@ pass is, and writes to its record and its labels. None of them knows the tracer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -68,6 +69,15 @@ class PassTrace:
         self.record.end()
         self.frames.clear()
         self.labels.end()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nothing is to be seen for a while."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     # -- where the pass is --------------------------------------------------------------------
 

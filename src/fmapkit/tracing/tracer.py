@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -52,11 +53,12 @@ from fmapkit.provenance import (
 from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
+from fmapkit.torchlib.apart import is_operator, run
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.in_place import someone_sees
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import ObserverMode, compiling
-from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing import list_calls
@@ -156,18 +158,6 @@ class Tracer(ObserverMode):
         self.lost = True
         self.broken = broken
 
-    def steps_aside(self, function: Any, args: Any, kwargs: Any) -> None:
-        """What runs in compiled code is not seen; what that may overwrite is copied."""
-        trace = self.trace
-        if trace.paused or self.failed or not trace.frames:
-            return
-        name = getattr(function, "__qualname__", type(function).__name__)
-        trace.miss_here(Reason.COMPILED_FUNCTION.text(function=name))
-        with self._looking():
-            for tensor in tensors_in(*args, kwargs):
-                if tensor.is_inference():  # whose writes nobody counts
-                    trace.record.aliases.before_write(tensor)
-
     # -- every torch function -----------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,6 +174,8 @@ class Tracer(ObserverMode):
                 return value
         if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
+        if known.higher_order and is_operator(func, args, kwargs):
+            return run(func, *args, **kwargs)
         if known.opened is not None:
             with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
@@ -201,11 +193,22 @@ class Tracer(ObserverMode):
             if sigma is not None:
                 func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
+        out = self._ran(known, sigma, (func, args, kwargs, out), sys._getframe(1))
+        stop = trace.record.stop
+        if stop is not None and not trace.learning:
+            stop.check()
+        return out
+
+    def _ran(
+        self, known: Function, sigma: SigmaCall | None, call: Any, caller: types.FrameType
+    ) -> Any:
+        """A function has run, with its arguments and what it gave; what it is to return."""
+        trace, (func, args, kwargs, out) = self.trace, call
         asking = trace.record.hook_points.asking
-        asking.append(sys._getframe(1))
+        asking.append(caller)
         try:
             with self._looking():
-                trace.past_hooks(asking[-1])
+                trace.past_hooks(caller)
                 if not trace.learning and known.followed:
                     trace.hidden()
                 if sigma is not None:
@@ -217,9 +220,6 @@ class Tracer(ObserverMode):
             self.fail(error)
         finally:
             asking.pop()
-        stop = trace.record.stop
-        if stop is not None and not trace.learning:
-            stop.check()
         return out
 
     def _read(
@@ -333,6 +333,15 @@ class Tracer(ObserverMode):
         label = look_up(x)
         if isinstance(label, ChannelLabel) and label.axes is not None and isinstance(out, Tensor):
             self.trace.mixed.extend(label.axes.at_stake(tuple(x.shape), tuple(out.shape)))
+
+    def ran_apart(self, name: str, output: Any) -> None:
+        """A function has run whose inside nobody sees: what comes out has no known label."""
+        if self.failed or self.lost or not self.trace.frames:
+            return
+        for _, tensor in leaves(output):
+            self.trace.labels.put(tensor, STOP)
+        if self.attention is not None:
+            self.attention.step(FunctionCall(name, None, (), {}, output, []))
 
     # -- modules ------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Container
 
 from fmapkit.paths.rewriting.syntax import MARK, position_of, site_at
+from fmapkit.torchlib.apart import FACES
 from fmapkit.torchlib.fused.paths import FUSING_CALLS
 
 # Functions of torch's of which floats decide neither what runs, nor whose filters come out, nor how
@@ -28,6 +29,10 @@ ONLY_ZERO_DECIDES = {
     *("feature_alpha_dropout", "scaled_dot_product_attention", "masked_fill", "masked_fill_"),
     *("gt", "lt", "ge", "le", "eq", "ne", "where"),
 }
+
+
+# The last names of what may be exchanged at the call itself.
+_ASKING = FUSING_CALLS | FACES
 
 
 class TorchRewriter(ast.NodeTransformer):
@@ -50,7 +55,7 @@ def replaceable(node: ast.Call, callee: ast.expr, file: str, tapped: Container[s
     site = site_at(position_of(node))
     if site in tapped:
         callee = recorded("tapped", callee, callee, ast.Constant(f"{file}|{site}"))
-    if isinstance(called, ast.Attribute) and called.attr in FUSING_CALLS:
+    if isinstance(called, ast.Attribute) and called.attr in _ASKING:
         callee = recorded("fusing", callee, callee)
     return callee
 
