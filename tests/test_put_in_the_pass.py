@@ -462,7 +462,7 @@ def test_code_does_what_it_would_do(function: Any) -> None:
     code = function.__code__
     twin = make_twins(code, globals(), frozenset(), frozenset())[code]
     assert _outcome(types.FunctionType(twin.code, globals())) == bare
-    sink = start(lambda tensor: None, ())
+    sink = start(lambda tensor: None, (), lambda kind: None)
     try:
         assert _outcome(types.FunctionType(twin.code, globals())) == bare
         assert sink.items

@@ -182,6 +182,8 @@ def flat(given: Any, depth: int = 0) -> Any:
         return _YES if given else _NO
     if kind is float:
         return kind, given
+    if kind is np.ndarray and not given.ndim:  # a bound of a slice, say
+        return kind, given.item()
     if kind in _NESTED and depth < 8:
         depth += 1
         if kind is dict:
@@ -325,7 +327,6 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     **CALLABLES,
     bool: lambda given: TRUE if given else FALSE,
     float: lambda given: (float, given),
-    np.ndarray: lambda given: (np.ndarray, None if given.ndim else given.item()),
     torch.Size: lambda given: (torch.Size, *given),
     tuple: row,
     list: row,
