@@ -98,6 +98,10 @@ def unpacked(m: Any, x: Tensor) -> Tensor:
     return x @ weight.T + bias
 
 
+def element(m: Any, x: Tensor) -> Tensor:
+    return x @ m.box.both[0].T + m.box.layer.bias
+
+
 def in_place(m: Any, x: Tensor) -> Tensor:
     y = x.clone()
     y @= m.box.layer.weight.T
@@ -119,7 +123,7 @@ class Runs(Box):
 WAYS = [
     *(by_a_name, by_attributes, by_an_index, by_a_key, by_getattr, in_a_loop, transposed, data),
     *(by_names, under_another_name, in_a_function, in_a_function_by_another_name, negated, a_part),
-    *(unpacked, in_place, of_a_method),
+    *(unpacked, element, in_place, of_a_method),
 ]
 COMPUTED = {in_a_function, in_a_function_by_another_name, negated}  # such weights are not held
 

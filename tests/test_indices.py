@@ -6,6 +6,7 @@ the map. By one with axes, or by a mask, it is a copy. In the fifth pass it is t
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from operator import getitem
@@ -127,10 +128,33 @@ def by_a_lambda(m: Any, h: Tensor) -> Tensor:
     return (lambda at: h[:, at])(m.box.at)
 
 
+def mapped(m: Any, h: Tensor) -> Tensor:
+    return list(map(h.t().__getitem__, m.box.row))[-1]
+
+
+def starmapped(m: Any, h: Tensor) -> Tensor:
+    return list(itertools.starmap(operator.getitem, [(h.t(), m.box.at)]))[-1]
+
+
+def method_by_a_name(m: Any, h: Tensor) -> Tensor:
+    take = h.t().__getitem__
+    return take(m.box.at)
+
+
+def function_of_an_object(m: Any, h: Tensor) -> Tensor:
+    take = [getitem][-1]
+    return take(h.t(), m.box.at)
+
+
+def getter_of_an_object(m: Any, h: Tensor) -> Tensor:
+    return m.box.getter(h.t())
+
+
 TAKE = [
     *(attribute, first_axis, name, parameter_of_a_function, whole_index, whole_index_by_name),
     *(starred, element, called, of_an_attribute, of_what_is_called, method, function),
     *(function_by_a_name, getter, chosen, computed, unpacked, in_a_comprehension, by_a_lambda),
+    *(mapped, starmapped, method_by_a_name, function_of_an_object, getter_of_an_object),
 ]
 ONE, ROW = torch.tensor(1), torch.tensor([1])
 TRUTH = torch.tensor(True)
@@ -145,6 +169,7 @@ FORMS = {
 
 def _set(model: Any, at: Any) -> None:
     model.box.at, model.box.both, model.box.row = at, (slice(None), at), [at]
+    model.box.getter = operator.itemgetter(at)
 
 
 def _compare(model: Writes, indices: list[Any], mode: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import collections
+import operator
 import types
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmapkit.paths.items import ITEM_OF, class_of, flat, ignore, item_of_class, row
+from fmapkit.paths.items import FORMS, ITEM_OF, class_of, flat, ignore, item_of_class, row
 from fmapkit.torchlib.caching import remembered
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
@@ -34,6 +35,7 @@ _ITERATORS = tuple(
     )
 )
 _ROWS = frozenset((list, tuple, str, bytes, collections.deque))
+WRAPPERS = frozenset((types.MethodWrapperType, types.WrapperDescriptorType))
 _Contents = Callable[[Any], Iterable[Any]]
 
 
@@ -129,3 +131,28 @@ _CONTENTS: dict[type, _Contents] = {
     **dict.fromkeys(_VIEWS, iter),
     **dict.fromkeys(_ITERATORS, _left),
 }
+
+
+def forms(append: Callable[[Any], None], given: Any) -> None:
+    """A tensor is indexed by something: of tensors in that, the form tells what comes out."""
+    kind = type(given)
+    if kind in FORMS:
+        append(FORMS[kind](given))
+    elif kind is tuple or kind is list:
+        for each in given:
+            if type(each) in FORMS:
+                append(FORMS[type(each)](each))
+
+
+def taking(append: Callable[[Any], None], function: Any) -> Any:
+    """A function that code in C, or a name, calls: one that takes elements looks by which index."""
+    named = type(function) in WRAPPERS and function.__name__ == "__getitem__"
+    if not named and function is not operator.getitem:
+        return function
+
+    def looked_at(*given: Any) -> Any:
+        for at in given[-1:]:
+            forms(append, at)
+        return function(*given)
+
+    return looked_at

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from fmapkit.paths.elements import picks_by_index
+from fmapkit.paths.elements import forms, picks_by_index
 from fmapkit.paths.items import FORMS, PLAIN
 from fmapkit.paths.recorders import NOTHING, elements, exact, place, value
 
@@ -25,10 +25,8 @@ def at(append: Callable[[Any], None], given: _T) -> _T:
             append(FORMS[kind](given))
         else:
             value(append, given)
-        if kind is tuple or kind is list:
-            for each in given:  # type: ignore[attr-defined]
-                if type(each) in FORMS:
-                    append(FORMS[type(each)](each))
+            if kind is tuple or kind is list:
+                forms(append, given)
     return given
 
 

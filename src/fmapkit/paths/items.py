@@ -260,7 +260,8 @@ def _wrapper(function: Any) -> Any:
 def _getter(function: Any) -> Any:
     """What gets items or attributes, or calls a method, of whatever it is given."""
     kind, given = function.__reduce__()
-    return _callable(kind), flat(given)  # with keywords, it is made by a partial function
+    indices = [FORMS[type(each)](each) for each in given if type(each) in FORMS]
+    return _callable(kind), flat(given), *indices  # with keywords, it is made by a partial function
 
 
 def _around(function: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fmapkit.paths import compiled_calls
-from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
+from fmapkit.paths.elements import WRAPPERS, contents_of, item_of_elements, keys_of, taking
 from fmapkit.paths.items import (
     CALLABLES,
     FALSE,
@@ -273,6 +273,7 @@ def _looked_at(append: Callable[[Any], None], function: Any, how: Callable[..., 
     function = called(append, function)
     if issubclass(type(function), type):
         return function
+    function = taking(append, function)
     return lambda *given: how(append, *given, function(*given))
 
 
@@ -334,9 +335,13 @@ def chosen(append: Callable[[Any], None], function: Any) -> Any:
     """`called`, with arguments by which a container of Python's may pick."""
     if append is NOTHING:
         return function
-    if type(function) is not _BUILTIN:
-        return called(append, function)
+    kind = type(function)
+    if kind is not _BUILTIN:
+        called(append, function)
+        return taking(append, function) if kind in WRAPPERS else function
     append(item_of_builtin(function))
+    if function is operator.getitem:
+        return taking(append, function)
     if function.__name__ not in _BY_PLACE or contents_of(type(function.__self__)) is None:
         return function
 

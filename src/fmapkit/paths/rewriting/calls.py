@@ -24,6 +24,7 @@ from fmapkit.paths.rewriting.syntax import (
     is_row,
     names_bound,
     names_loaded,
+    names_made,
     rows_bound,
     tests_in,
     torch_name,
@@ -79,6 +80,7 @@ class CallRewriting(ast.NodeTransformer):
         # The variable that is the module which a method runs of, if there is one.
         self._self = first_argument(node) if fixed else None
         self._owner = None if place.endswith(":") else first_argument(node)  # the same of any class
+        self._made = names_made(node)  # names of nothing but lists and dicts of its own
         self._rows = rows_bound(node)  # names that may stand for lists and tuples
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to

@@ -89,7 +89,7 @@ class StoreRewriting(CallRewriting, ast.NodeTransformer):
         if node in self._whole:
             return node
         if isinstance(node.ctx, ast.Load):
-            if turned and isinstance(node.value, ast.Name):
+            if turned and isinstance(node.value, ast.Name | ast.Subscript):
                 return self._turned(node, node.value)
             may_be = node.attr in _PARAMETERS or node in self._operands
             if not may_be or node.attr in _OF_TENSORS or self._is_compared(node.value):
@@ -112,10 +112,11 @@ class StoreRewriting(CallRewriting, ast.NodeTransformer):
 
     visit_MatchValue = visit_MatchMapping = visit_MatchClass = _as_it_is  # noqa: N815
 
-    def _turned(self, node: ast.Attribute, of: ast.Name) -> ast.expr:
+    def _turned(self, node: ast.Attribute, of: ast.expr) -> ast.expr:
+        if isinstance(of, ast.Name) and of.id == self._self:
+            return node
         value = self._if_no_tensor(of, recorded("parameter", of, of, self._append()))
-        same = ast.Attribute(of if of.id == self._self else value, node.attr, ast.Load())
-        return ast.copy_location(same, node)
+        return ast.copy_location(ast.Attribute(value, node.attr, ast.Load()), node)
 
     def _is_compared(self, owner: ast.expr) -> bool:
         """Whether what has an attribute is the module at hand, or a child of it that it has yet."""
@@ -152,6 +153,8 @@ class StoreRewriting(CallRewriting, ast.NodeTransformer):
         if not isinstance(target, ast.Subscript):
             return False
         at = target.slice
+        if isinstance(target.value, ast.Name) and target.value.id in self._made:
+            return False
         if isinstance(at, ast.Constant):
             return type(at.value) in (int, str)
         return not isinstance(at, ast.Tuple | ast.Slice | ast.Compare)

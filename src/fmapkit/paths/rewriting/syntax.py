@@ -41,6 +41,8 @@ _NAMED = (
     *(ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef),
     *(ast.ExceptHandler, ast.MatchAs, ast.MatchStar),
 )
+# Displays that make a list or a dict.
+_MADE = ast.Dict | ast.DictComp | ast.List | ast.ListComp
 # Builtins that make rows.
 _MAKE_ROWS = {"list", "sorted", "tuple"}
 
@@ -228,3 +230,21 @@ def rows_bound(node: ast.AST) -> frozenset[str]:
             if inner.value is not None and is_row(inner.value):
                 found.update(t.id for t in targets if isinstance(t, ast.Name))
     return frozenset(found)
+
+
+def names_made(node: ast.AST) -> frozenset[str]:
+    """Every name that code binds to nothing but lists and dicts which it makes there."""
+    made: list[str] = []
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Assign | ast.AnnAssign) and isinstance(inner.value, _MADE):
+            targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+            made += [t.id for t in targets if isinstance(t, ast.Name)]
+    stores = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not _is_load(n)]
+    others = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    for inner in ast.walk(node):
+        others.update(inner.names if isinstance(inner, ast.Global) else ())
+    return frozenset(n for n in made if stores.count(n) == made.count(n)) - others
+
+
+def _is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
