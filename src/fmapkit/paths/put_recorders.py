@@ -120,9 +120,9 @@ def filled(append: Callable[[Any], None], function: Any) -> Any:
         if function.__name__ != "update" or not _has_modules(function.__self__):
             return function
     else:
-        called(append, function)
+        there = called(append, function)
         if kind is not types.MethodType or not issubclass(type(function.__self__), nn.Module):
-            return function
+            return there
 
     def looked_at(*given: Any, **named: Any) -> Any:
         return function(*[_elements(append, each) for each in given], **named)

@@ -337,7 +337,7 @@ def chosen(append: Callable[[Any], None], function: Any) -> Any:
         return function
     kind = type(function)
     if kind is not _BUILTIN:
-        called(append, function)
+        function = called(append, function)
         return taking(append, function) if kind in WRAPPERS else function
     append(item_of_builtin(function))
     if function is operator.getitem:
