@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance import MAY_COPY
 from fmapkit.storage.gradients import watch
 from fmapkit.storage.held import StoredTensor
-from fmapkit.torchlib.memory import storage_of, version_of
+from fmapkit.torchlib.memory import lifetime_of, storage_of, version_of
 
 
 class Aliases:
@@ -28,7 +28,7 @@ class Aliases:
         self.written: dict[int, int] = {}  # storages, each with how many writes were before it
         self.writes = 0
         # Storages that were made by what copies only if it must; whether some were written to.
-        self.copies: set[int] = set()
+        self.copies: dict[int, weakref.ref[Any]] = {}
         self.copies_written = False
         self._new: list[StoredTensor] = []
         self._by_storage: dict[int, list[StoredTensor]] = {}
@@ -102,18 +102,16 @@ class Aliases:
 
     def may_write(self, storage: int) -> None:
         """Memory is written to, or handed out to what may do so unseen."""
-        self.copies_written = self.copies_written or storage in self.copies
+        made = self.copies.get(storage)  # the same place may have another block by now
+        self.copies_written = self.copies_written or (made is not None and made() is not None)
 
-    def note_copy(self, name: str, out: Tensor, operands: Sequence[Tensor]) -> None:
-        """A function, of a name, has returned a tensor: note where its memory is a copy."""
-        copies = name in MAY_COPY
-        if copies or self.copies:
-            memory = storage_of(out)
-            if all(storage_of(one) != memory for one in operands):
-                if copies:
-                    self.copies.add(memory)
-                else:
-                    self.copies.discard(memory)
+    def note_copy(self, out: Tensor, operands: Sequence[Tensor]) -> None:
+        """A function of `MAY_COPY` has returned a tensor: note its memory, if that is a copy."""
+        memory = storage_of(out)
+        if all(storage_of(one) != memory for one in operands):
+            made = lifetime_of(out)
+            if made is not None:
+                self.copies[memory] = made
 
     def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
         """Copy what a write to a tensor would lose.

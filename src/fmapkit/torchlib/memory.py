@@ -6,6 +6,7 @@ version counter that all aliases of a tensor share.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,14 @@ def storage_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage
         return id(tensor)
+
+
+def lifetime_of(tensor: Tensor) -> weakref.ref[Any] | None:
+    """What tells as long as a tensor's block of memory is there; None if torch shows none."""
+    try:
+        return weakref.ref(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def storage_users(tensor: Tensor) -> int:

@@ -34,6 +34,7 @@ from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
+    MAY_COPY,
     NORM_AXIS,
     OPAQUE,
     RESHAPED_IN_PLACE,
@@ -258,8 +259,8 @@ class Tracer(ObserverMode):
         if known.fresh and one:
             self.layers.made.add(storage_of(out))
         self.reads.after(known, call)
-        if trace.learning and one:
-            trace.record.aliases.note_copy(name, out, operands)
+        if trace.learning and one and name in MAY_COPY:
+            trace.record.aliases.note_copy(out, operands)
         if not operands:
             if known.followed or trace.frames[-1].watched:
                 trace.follow(call)
