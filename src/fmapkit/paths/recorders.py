@@ -40,7 +40,8 @@ from fmapkit.paths.items import (
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident, tell_unrecorded, when_unrecorded
 from fmapkit.torchlib import apart
-from fmapkit.torchlib.compiled_modules import is_optimized_type
+from fmapkit.torchlib.apart import FACES
+from fmapkit.torchlib.compiled_modules import COMPILED, is_optimized_type
 from fmapkit.torchlib.fused.paths import instead_of
 
 _T = TypeVar("_T")
@@ -309,6 +310,8 @@ def called(append: Callable[[Any], None], function: Any) -> Any:
             home = function.__module__
             torchs = type(home) is str and IN_TORCH[home]
             append(function if torchs else function.__qualname__)
+            if function.__name__ not in FACES and getattr(function, COMPILED, None) is None:
+                return function
         else:
             append((CALLABLES.get(kind) or other_callable)(function))
             if issubclass(kind, Module) and not is_optimized_type(kind):

@@ -16,6 +16,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.call_override import CallOverride
 
+# Among the attributes of what `torch.compile(function)` returns: the function.
+COMPILED = "_torchdynamo_orig_callable"
+
 
 def is_optimized(module: Any) -> bool:
     """Whether it is what `torch.compile(module)` returns: a module around the plain one."""
@@ -43,7 +46,7 @@ def is_compiled(module: nn.Module) -> bool:
 def is_compiled_function(function: Any) -> bool:
     """Whether it is what `torch.compile(function)` returns, or a method that is."""
     function = getattr(function, "__func__", function)
-    return getattr(function, "_torchdynamo_orig_callable", None) is not None
+    return getattr(function, COMPILED, None) is not None
 
 
 def compiled_call(attributes: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def nothing_between() -> bool:
         or dispatch_mode_count()
         or _transform() is not None
         or jit_trace() is not None
-        or compiling()
+        or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
         or _proxies(0) is not None  # make_fx before dispatch
         or (_with_cuda and recorded_by_cuda())
     )
