@@ -21,6 +21,9 @@ from fmapkit.missed import Reason
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
+# torch 2.4 takes other ways past a user's mode, and does not say that it exports.
+_OLD = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 5)
+
 
 @pytest.fixture
 def fresh_dynamo() -> None:
@@ -84,6 +87,7 @@ def test_it_runs_as_without_a_capture(way: str, mode: Callable[[], Any]) -> None
     assert counters["frames"]["ok"] <= compiled + 4
 
 
+@pytest.mark.skipif(_OLD, reason="of torch 2.5 or newer")
 def test_two_captures_and_a_mode_of_the_users() -> None:
     seen: list[str] = []
 
@@ -149,6 +153,7 @@ def test_gradients_go_through() -> None:
                 assert all(torch.equal(p.grad, q.grad) for p, q in pairs)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(_OLD, reason="of torch 2.5 or newer")
 def test_a_part_is_exported_in_the_forward() -> None:
     """What stands for tensors meanwhile is no map."""
 
