@@ -21,12 +21,9 @@ def at(append: Callable[[Any], None], given: _T) -> _T:
     if kind in PLAIN:
         append(given)
     elif append is not NOTHING:
-        if kind in FORMS:
-            append(FORMS[kind](given))
-        else:
+        if kind not in FORMS:
             value(append, given)
-            if kind is tuple or kind is list:
-                forms(append, given)
+        forms(append, given)
     return given
 
 

@@ -115,12 +115,7 @@ class _KeptTap(_SiteTap):
         if cell is None:
             return self.function(*args, **kwargs)
         note, _, _, drop, fresh = cell
-        other = None
-        if fresh and args:
-            if kwargs.get("inplace"):
-                other = self.function, args, {**kwargs, "inplace": False}
-            else:
-                other = out_of_place(self.function, args, kwargs)
+        other = out_of_place(self.function, args, kwargs) if fresh and args else None
         z = None if other is None else sigma_apart(args[0], *other)
         if z is None:
             return self.slowly(args, kwargs)

@@ -101,7 +101,7 @@ class Aliases:
         self.copies_written = False
 
     def may_write(self, storage: int) -> None:
-        """Memory is written to, or handed out to what may do so unseen."""
+        """Memory is written to, or may be: note whether it is that of a copy."""
         made = self.copies.get(storage)  # the same place may have another block by now
         self.copies_written = self.copies_written or (made is not None and made() is not None)
 

@@ -79,8 +79,6 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 
 # Classes of tensors that have no `__torch_function__` of their own.
 _TORCHS = frozenset({Tensor, nn.Parameter})
-# Whoever has what these return may write to the tensor's memory.
-_HANDS_OUT = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"})
 # Have no shape yet: a lazy module is just making its weights.
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 
@@ -230,8 +228,6 @@ class Tracer(ObserverMode):
         if known.indexed and not types and beside_numbers(args, kwargs):
             return None
         with self._looking():
-            if known.name in _HANDS_OUT and args and isinstance(args[0], Tensor):
-                self.trace.record.aliases.may_write(storage_of(args[0]))
             return self.reads.before(known, func, types, args, kwargs, sys._getframe(2))
 
     def _before(
